@@ -1,0 +1,76 @@
+"""The command line: one small file a command; parses, calls, prints; no logic.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or input. Command modules import torch and the rest inside their function, so
+that `dapt-merge --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+# In the order of the data flow, which is the order in which `--help` lists them.
+_COMMANDS = ("demo", "pretrain", "merge", "eval", "search", "plot", "export")
+
+
+def build_app():  # type: ignore[no-untyped-def]
+    """Assemble the Typer application from the command modules."""
+    import typer
+
+    app = typer.Typer(
+        name="dapt-merge",
+        help="Find, prove and write the best merge of a base model and its continued-pre-training checkpoints.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+        if version:
+            from dapt_merge import __version__
+
+            print(__version__)
+            raise typer.Exit
+
+    for name in _COMMANDS:
+        app.command(name)(getattr(import_module(f"dapt_merge.cli.{name}"), name))
+    return app
+
+
+def main() -> None:
+    """Run the command line and turn errors into three short lines and an exit code."""
+    import os
+
+    # Progress and advice of the libraries underneath would tear our own progress bars apart.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    from dapt_merge.errors import DaptMergeError
+
+    try:
+        build_app()()
+    except DaptMergeError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished work is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: that is no fault of the run, and Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _print_error(error: Exception) -> None:
+    from rich.markup import escape
+
+    from dapt_merge.cli.console import console
+
+    what, *rest = str(error).split("\n")
+    console.print(f"[bold red]error:[/] {escape(what)}", soft_wrap=True, highlight=False)
+    for line in rest:
+        console.print(escape(line), soft_wrap=True, highlight=False)
