@@ -1,4 +1,4 @@
-"""Where the YAML presets live: beside the package in a checkout, under the environment's share folder once installed."""
+"""Where the YAML presets live: beside the package in a checkout, under share/ in the environment once installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Pareto picture: domain gain against general gain, each model with its error bars.
 
-The idea: base at the origin, up is better on the domain, right is better in general; DAPT goes up and to the left, and a
+The idea: base at the origin, up is better on the domain, right is better in general; DAPT goes up and left, and a
 good merge keeps the height while it comes back to the right. Points are drawn from report items; the trials of the
 search, scored on other items, stay faint in the background. What this module does not know: how a score was made.
 """
@@ -53,9 +53,7 @@ def save_front(picture: FrontPicture, path: str | Path) -> Path:
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     if kind not in FORMATS:
-        raise InputError(
-            f"cannot draw a '{path.suffix}' file", where=path, remedy=f"Use one of: {', '.join(FORMATS)}."
-        )
+        raise InputError(f"cannot draw a '{path.suffix}' file", where=path, remedy=f"Use one of: {', '.join(FORMATS)}.")
     with atomic_file(path) as temporary:
         if kind == "html":
             temporary.write_text(_draw_plotly(picture).to_html(include_plotlyjs=True), encoding="utf-8")
@@ -108,8 +106,8 @@ def _draw_matplotlib(picture: FrontPicture) -> Any:
     for row in sorted(picture.rows, key=lambda row: row.role == "knee"):
         _draw_row(axes, picture, row, colours)
     _label_rows(axes, picture)
-    axes.set_xlabel(f"General ability: gain over the base ({picture.unit})\n← worse · better →")
-    axes.set_ylabel(f"Domain: gain over the base ({picture.unit})\nbetter →")
+    axes.set_xlabel(f"General ability: gain over the base ({picture.unit})  better →")
+    axes.set_ylabel(f"Domain: gain over the base ({picture.unit})  better →")
     axes.set_title(picture.title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.13)
@@ -155,7 +153,14 @@ def _draw_row(axes: Any, picture: FrontPicture, row: Row, colours: dict[str, tup
         zorder=2,
     )
     axes.scatter(
-        general.estimate, domain.estimate, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.7, zorder=3
+        general.estimate,
+        domain.estimate,
+        s=size,
+        color=colour,
+        marker=marker,
+        edgecolors="white",
+        linewidths=0.7,
+        zorder=3,
     )
 
 
@@ -185,8 +190,16 @@ def _legend(axes: Any, picture: FrontPicture, colours: dict[str, tuple[str, str]
     ]
     if picture.trials:
         handles.append(
-            Line2D([], [], color="#808080", marker="o", linestyle="none", alpha=0.4, markersize=4,
-                   label="trials of the search (search items)")
+            Line2D(
+                [],
+                [],
+                color="#808080",
+                marker="o",
+                linestyle="none",
+                alpha=0.4,
+                markersize=4,
+                label="trials of the search (search items)",
+            )
         )
     handles.append(Line2D([], [], color="#b0b0b0", linestyle=(0, (4, 4)), label="straight trade, base to DAPT"))
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")

@@ -7,13 +7,13 @@ over the same items. What this module does not know: where scores come from, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from dapt_merge.evaluation import TaskItems
-    from dapt_merge.evaluation.statistics import Interval
+    from dapt_merge.evaluation.statistics import Scores
 
 Role = Literal["base", "dapt", "knee", "front", "trial"]
 UNIT = {"bits_per_byte": "bits per byte"}
@@ -23,13 +23,12 @@ UNIT = {"bits_per_byte": "bits per byte"}
 class Axis:
     """One thing that is measured: an objective, or a suite that is recorded beside them.
 
-    `tasks` are the lm-eval tasks whose macro mean is the score; `higher_is_better` is the metric's direction.
+    `tasks` are the lm-eval tasks whose macro mean is the score.
     """
 
     name: str
     side: Literal["domain", "general"]
     metric: str
-    higher_is_better: bool
     tasks: tuple[str, ...]
 
     @property
@@ -42,15 +41,10 @@ class Axis:
         """Factor from the metric to the unit."""
         return 1.0 if self.metric in UNIT else 100.0
 
-    @property
-    def sign(self) -> int:
-        """+1 when a larger score is better, −1 otherwise."""
-        return 1 if self.higher_is_better else -1
-
 
 @dataclass(frozen=True)
 class Gain:
-    """A signed difference from the base, positive when better, with its 95% interval; in the axis's unit."""
+    """A signed difference, positive when better, with its 95% interval; in the axis's unit."""
 
     estimate: float
     low: float
@@ -83,19 +77,53 @@ class Row:
         return asdict(self)
 
 
-def gain_over(
-    model: Mapping[str, TaskItems], reference: Mapping[str, TaskItems], axis: Axis, *, seed: int = 0
-) -> Gain:
-    """Difference of `model` from `reference` on one axis, positive when `model` is better."""
-    from dapt_merge.evaluation.statistics import paired_bootstrap
+def build_row(
+    label: str,
+    role: Role,
+    trial: int | None,
+    model: Scores,
+    base: Scores,
+    dapt: Scores,
+    axes: Sequence[Axis],
+    *,
+    seed: int = 0,
+) -> Row:
+    """Score one model of the report against the base and the DAPT checkpoint.
 
-    interval = paired_bootstrap(model, reference, axis.tasks, axis.metric, seed=seed)
-    return _signed(interval, axis)
+    Args:
+        label: the model in words.
+        role: what the model is in the report.
+        trial: its number in the study.
+        model, base, dapt: per-item scores on the same report items.
+        axes: what to compare on.
+        seed: of the bootstrap.
+    """
+    from dapt_merge.evaluation.statistics import suite_score
+
+    gains = {axis.name: gain_over(model, base, axis, seed=seed) for axis in axes}
+    over_dapt = {axis.name: gain_over(model, dapt, axis, seed=seed) for axis in axes}
+    scores = {axis.name: suite_score(model, axis.tasks, axis.metric) for axis in axes}
+    main = {axis.side: axis for axis in reversed(axes_in_order(axes))}
+    kept = _retained(model, base, dapt, main["domain"], seed) if "domain" in main else None
+    lost = _retained(model, base, dapt, main["general"], seed) if "general" in main else None
+    given_back = None if lost is None else Gain(1 - lost.estimate, 1 - lost.high, 1 - lost.low)
+    return Row(label, role, trial, scores, gains, over_dapt, kept, given_back)
 
 
-def _signed(interval: Interval, axis: Axis) -> Gain:
-    ends = sorted(axis.sign * axis.scale * end for end in (interval.low, interval.high))
-    return Gain(axis.sign * axis.scale * interval.estimate, ends[0], ends[1])
+def gain_over(model: Scores, reference: Scores, axis: Axis, *, seed: int = 0) -> Gain:
+    """Difference of `model` from `reference` on one axis, in its unit, positive when `model` is better."""
+    from dapt_merge.evaluation.statistics import gain
+
+    interval = gain(model, reference, axis.tasks, axis.metric, seed=seed)
+    return Gain(*(axis.scale * value for value in (interval.estimate, interval.low, interval.high)))
+
+
+def _retained(model: Scores, base: Scores, dapt: Scores, axis: Axis, seed: int) -> Gain | None:
+    """Share of DAPT's change that the model keeps; None when that change is within noise, so that no share exists."""
+    from dapt_merge.evaluation.statistics import retained_share
+
+    share = retained_share(model, base, dapt, axis.tasks, axis.metric, seed=seed)
+    return Gain(share.estimate, share.low, share.high) if math.isfinite(share.low) else None
 
 
 def axes_in_order(axes: Sequence[Axis]) -> list[Axis]:
