@@ -1,0 +1,159 @@
+"""A checkpoint: named tensors that are read one at a time, and identified by what they hold.
+
+Opening costs headers only; `read` gives a view into the memory-mapped file (or the live tensor), never a copy. A head
+tied to the embedding is one tensor, under the embedding's name; the head's name stays readable as an alias. Where the
+tensors come from (`opening`) and what is done with them (`merging`) this module does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dapt_merge.checkpoints.dtypes import dtype_name
+from dapt_merge.checkpoints.groups import natural_order, tensor_group
+from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CheckpointSource: TypeAlias = "str | Path | Checkpoint | PreTrainedModel | Mapping[str, Tensor]"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor: nothing has been read yet. `file` is None for a tensor in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor holds."""
+        return self.nbytes // self.dtype.itemsize
+
+
+class Checkpoint:
+    """A lazily read model checkpoint; get one from `open_checkpoint`.
+
+    Attributes:
+        label: the name it has in errors and reports (the path, unless another was given).
+        folder: where config.json and the tokenizer lie; None for a checkpoint in memory.
+        config: the model configuration as plain data; empty when there is none.
+        tensors: name → TensorInfo, in natural order (layer 2 before layer 10), each stored tensor once.
+        aliases: name → name of the tensor that it is tied to.
+        num_layers: how many layers the stack has, or None when neither config nor names say.
+
+    Example:
+        >>> ones = {"w": torch.ones(2)}
+        >>> checkpoint = Checkpoint("ones", ones.__getitem__, [TensorInfo("w", torch.float32, (2,), 8)])
+        >>> checkpoint.read("w")
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        label: str,
+        reader: Callable[[str], Tensor],
+        tensors: Iterable[TensorInfo],
+        *,
+        folder: Path | None = None,
+        config: dict[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        infos = {info.name: info for info in tensors}
+        self.label = label
+        self.folder = folder
+        self.config: dict[str, Any] = config or {}
+        self.tensors: Mapping[str, TensorInfo] = {name: infos[name] for name in natural_order(infos)}
+        self.aliases: Mapping[str, str] = dict(aliases or {})
+        self.num_layers = _num_layers(self.config, self.tensors)
+        self._reader = reader
+        self._digests: dict[str, bytes] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU: a view that must not be written to.
+
+        Raises:
+            InputError: the checkpoint holds no such tensor.
+        """
+        name = self.aliases.get(name, name)
+        if name not in self.tensors:
+            raise InputError(
+                f"no tensor '{name}'.{nearest(name, tuple(self.tensors))}",
+                where=self.label,
+                remedy="Use a name that the checkpoint holds.",
+            )
+        return self._reader(name)
+
+    def digest(self, name: str) -> bytes:
+        """Return the 128-bit hash of a tensor's bytes. For files it is remembered; tensors in memory may change."""
+        found = self._digests.get(name)
+        if found is None:
+            found = tensor_digest(self.read(name))
+            if self.tensors[name].file is not None:
+                self._digests[name] = found
+        return found
+
+    def fingerprint(self) -> str:
+        """Return `"xxh3:<32 hex digits>"` of the content: names, dtypes, shapes and bytes, whatever the shards.
+
+        A tied head counts once, so storing a copy of it changes nothing.
+        """
+        names = list(self.tensors)
+        digests = map_in_threads(self.digest, names, size=lambda name: self.tensors[name].nbytes)
+        infos = self.tensors.values()
+        return content_fingerprint((i.name, i.dtype, i.shape, d) for i, d in zip(infos, digests, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors, each counted once."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label!r}, {len(self.tensors)} tensors, {self.nbytes} bytes)"
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """Return the XXH3 128-bit digest of a tensor's bytes."""
+    return xxhash.xxh3_128(tensor_bytes(tensor)).digest()
+
+
+def content_fingerprint(rows: Iterable[tuple[str, torch.dtype, tuple[int, ...], bytes]]) -> str:
+    """Combine (name, dtype, shape, digest of the bytes) of every tensor into one fingerprint, in any order."""
+    total = xxhash.xxh3_128()
+    for name, dtype, shape, digest in sorted(rows, key=lambda row: row[0]):
+        total.update(f"{name}\0{dtype_name(dtype)}\0{','.join(map(str, shape))}\0".encode())
+        total.update(digest)
+    return f"xxh3:{total.hexdigest()}"
+
+
+def config_value(config: Mapping[str, Any], *keys: str) -> Any:
+    """Return the first of the keys that the configuration, or its nested text model, states; else None."""
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, Mapping) else [config]
+    return next((place[key] for place in places for key in keys if place.get(key) is not None), None)
+
+
+def _num_layers(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    stated = config_value(config, "num_hidden_layers", "n_layer", "num_layers")
+    if isinstance(stated, int):
+        return stated
+    layers = [layer for layer in (tensor_group(name).layer for name in names) if layer is not None]
+    return max(layers) + 1 if layers else None

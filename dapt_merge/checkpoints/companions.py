@@ -1,0 +1,77 @@
+"""The files that travel with the weights: configuration, generation settings, tokenizer, chat template, licence.
+
+A fixed list of data files is copied; weights, pickles and code never are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.dtypes import dtype_name
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+)
+
+
+def copy_companions(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> list[str]:
+    """Write the configuration, with its dtype brought up to date, and copy the files beside it.
+
+    Args:
+        source: whose files to take; one in memory has only its configuration.
+        folder: the folder to write into; it exists.
+        dtype: of the weights that lie there; None leaves the configuration as it is.
+
+    Returns:
+        The names written, in the order written.
+    """
+    written = []
+    if source.config:
+        text = json.dumps(updated_config(source.config, dtype), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        written.append("config.json")
+    if source.folder is None:
+        return written
+    for name in COMPANIONS:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+            written.append(name)
+    templates = source.folder / "additional_chat_templates"
+    for template in sorted(templates.glob("*.jinja")) if templates.is_dir() else ():
+        (folder / templates.name).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / templates.name / template.name)
+        written.append(f"{templates.name}/{template.name}")
+    return written
+
+
+def updated_config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return the configuration with the dtype of the weights written, under the key that it already uses."""
+    if dtype is None:
+        return dict(config)
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, key: dtype_name(dtype)}

@@ -1,0 +1,283 @@
+"""Opens whatever a user calls a checkpoint: a folder, a file, a hub id, a live model or a state dict.
+
+The idea: decide from names and headers alone, and refuse with the reason whatever is not a full model in safetensors
+(pickles, adapters, quantised weights, torn files). Files are data from strangers: an index may not point outside its
+folder, and nothing is unpickled or imported. What a merge needs of several checkpoints together is checked elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
+from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
+from dapt_merge.checkpoints.groups import embedding_and_head, natural_order
+from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
+from dapt_merge.errors import InputError, nearest
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def open_checkpoint(source: CheckpointSource, label: str | None = None) -> Checkpoint:
+    """Open a checkpoint; only headers and config.json are read.
+
+    Args:
+        source: a Hugging Face folder (one file or shards), a `.safetensors` file, a hub id, a `PreTrainedModel`, a
+            state dict, or a Checkpoint (returned as it is).
+        label: its name in errors and reports (default: the path, or "model in memory").
+
+    Raises:
+        InputError: nothing is there, or it is not a full model in safetensors; the message names file and remedy.
+
+    Example:
+        >>> import torch
+        >>> open_checkpoint({"w": torch.zeros(2, 3)}).tensors["w"].shape
+        (2, 3)
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, str | Path):
+        return _open_path(source, label or str(source))
+    if isinstance(source, Mapping):
+        return _open_state_dict(source, label or "state dict in memory", {})
+    if callable(getattr(source, "state_dict", None)) and hasattr(source, "config"):
+        return _open_state_dict(source.state_dict(), label or "model in memory", source.config.to_dict())
+    raise InputError(
+        f"cannot open a {type(source).__name__} as a checkpoint",
+        remedy="Give a folder, a .safetensors file, a hub id, a PreTrainedModel or a state dict.",
+    )
+
+
+def _open_path(source: str | Path, label: str) -> Checkpoint:
+    path = Path(source).expanduser()
+    if not path.exists():
+        if isinstance(source, str) and looks_like_hub_id(source):
+            return _open_folder(snapshot_folder(source), label)
+        raise InputError("there is no such file or folder", where=path, remedy=_remedy_for_missing(path))
+    if path.is_dir():
+        return _open_folder(path, label)
+    if path.suffix in _PICKLES:
+        raise _pickle_refused(path, path.parent)
+    if path.suffix != ".safetensors":
+        raise InputError(
+            "not a safetensors file", where=path, remedy="Give a Hugging Face model folder, or a .safetensors file."
+        )
+    _refuse_adapter(path.parent)
+    return _open_files(path.parent, [path], label, expected=None)
+
+
+def _open_folder(folder: Path, label: str) -> Checkpoint:
+    _refuse_adapter(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return _open_files(folder, [folder / SINGLE_FILE], label, expected=None)
+    if (folder / INDEX_FILE).is_file():
+        weight_map = _read_index(folder / INDEX_FILE)
+        shards = natural_order(set(weight_map.values()))
+        return _open_files(folder, [folder / shard for shard in shards], label, expected=weight_map)
+    raise _no_weights(folder)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return tensor name → shard file name; every shard exists and lies in the index's own folder."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError("the index has no usable 'weight_map'", where=path, remedy="Copy it again from its source.")
+    for shard in sorted(set(weight_map.values())):
+        parts = PurePosixPath(shard.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in shard:
+            raise InputError(
+                f"the index points outside its folder, to '{shard}'", where=path, remedy="Do not use this checkpoint."
+            )
+        if not shard.endswith(".safetensors"):
+            raise InputError(
+                f"the index names '{shard}', which is not safetensors", where=path, remedy="Convert the checkpoint."
+            )
+        if not (path.parent / shard).is_file():
+            raise InputError(
+                f"the index names '{shard}', which is missing",
+                where=path,
+                remedy="Download or copy the missing shard into that folder.",
+            )
+    return weight_map
+
+
+def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str, str] | None) -> Checkpoint:
+    """Map the files, read their headers, and hold them against the index where there is one."""
+    handles: dict[Path, Any] = {}
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        handles[file] = _map_file(file)
+        for info in _read_header(file, handles[file]):
+            if info.name in infos:
+                raise InputError(
+                    f"tensor '{info.name}' is stored in two shards", where=file, remedy="Save the checkpoint again."
+                )
+            infos[info.name] = info
+    if expected is not None:
+        _check_against_index(infos, expected, folder)
+    config = _read_config(folder)
+    aliases = _tied_by_config(infos, config)
+    where = {name: handles[info.file] for name, info in infos.items() if info.file is not None}
+    return Checkpoint(
+        label,
+        lambda name: where[name].get_tensor(name),
+        (info for name, info in infos.items() if name not in aliases),
+        folder=folder,
+        config=config,
+        aliases=aliases,
+    )
+
+
+def _map_file(file: Path) -> Any:
+    """Return a safetensors handle; its tensors are views into a private memory map of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"the file is truncated or not safetensors ({error})",
+            where=file,
+            remedy="Copy or download it again, and compare its size with the source.",
+        ) from error
+
+
+def _read_header(file: Path, handle: Any) -> list[TensorInfo]:
+    infos = []
+    for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        stored = handle.get_slice(name)
+        dtype = SAFETENSORS_DTYPES.get(stored.get_dtype())
+        if dtype is None:
+            raise InputError(
+                f"tensor '{name}' is stored as {stored.get_dtype()}, which cannot be merged",
+                where=file,
+                remedy="Use the checkpoint in float32, bfloat16 or float16.",
+            )
+        shape = tuple(stored.get_shape())
+        infos.append(TensorInfo(name, dtype, shape, math.prod(shape) * dtype.itemsize, file))
+    return infos
+
+
+def _check_against_index(infos: Mapping[str, TensorInfo], expected: Mapping[str, str], folder: Path) -> None:
+    for name in sorted(infos.keys() | expected.keys()):
+        info = infos.get(name)
+        if info is None or expected.get(name) is None or info.file != folder / expected[name]:
+            stated = expected.get(name, "no shard")
+            found = "no shard" if info is None or info.file is None else info.file.name
+            raise InputError(
+                f"the index puts tensor '{name}' in {stated}, but it lies in {found}",
+                where=folder / INDEX_FILE,
+                remedy="Copy the index and the shards again from one source.",
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = _read_json(path)
+    if config.get("quantization_config"):
+        raise InputError(
+            "the checkpoint is quantised; its numbers cannot be averaged",
+            where=path,
+            remedy="Dequantise it first, or use the original float32, bfloat16 or float16 weights.",
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"not readable as JSON ({error})", where=path, remedy="Copy it again.") from error
+    if not isinstance(data, dict):
+        raise InputError("expected a JSON object", where=path, remedy="Copy it again from its source.")
+    return data
+
+
+def _tied_by_config(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return {head: embedding} when the configuration ties them; a stored copy of the head is then no second tensor."""
+    embedding, head = embedding_and_head(infos)
+    if embedding is None or head is None or config_value(config, "tie_word_embeddings") is not True:
+        return {}
+    return {head: embedding} if infos[head].shape == infos[embedding].shape else {}
+
+
+def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str, Any]) -> Checkpoint:
+    """Open live tensors; those that share their memory are one, under the embedding's name where it is among them."""
+    embedding, _ = embedding_and_head(tensors)
+    owners: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name in sorted(natural_order(tensors), key=lambda name: name != embedding):
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise InputError(
+                f"'{name}' holds no data ({'a meta tensor' if isinstance(tensor, Tensor) else type(tensor).__name__})",
+                where=label,
+                remedy="Load the model's weights first; a state dict maps names to tensors.",
+            )
+        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+            raise InputError(f"tensor '{name}' has dtype {tensor.dtype}, which cannot be merged", where=label)
+        storage = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and storage in owners:
+            aliases[name] = owners[storage]
+        else:
+            owners[storage] = name
+    infos = [
+        TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize)
+        for name, tensor in tensors.items()
+        if name not in aliases
+    ]
+    return Checkpoint(label, lambda name: tensors[name].detach().cpu(), infos, config=config, aliases=aliases)
+
+
+def _no_weights(folder: Path) -> InputError:
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES and path.name != "training_args.bin")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if pickles and not others:
+        return _pickle_refused(pickles[0], folder)
+    if others:
+        return InputError(
+            f"neither {SINGLE_FILE} nor {INDEX_FILE} is here, only {', '.join(others[:3])}",
+            where=folder,
+            remedy=f"Copy {INDEX_FILE} beside the shards, or give the .safetensors file itself.",
+        )
+    return InputError("the folder holds no safetensors weights", where=folder, remedy=_remedy_for_missing(folder))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            "this is a LoRA adapter, not a full model",
+            where=folder / "adapter_config.json",
+            remedy="Merge it into a full model first: peft's PeftModel.from_pretrained(base, adapter)"
+            ".merge_and_unload().save_pretrained(folder).",
+        )
+
+
+def _pickle_refused(file: Path, folder: Path) -> InputError:
+    return InputError(
+        "the weights are a pickle, which can run code when it is opened; it is refused",
+        where=file,
+        remedy="Convert it once, where you trust its source: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+    )
+
+
+def _remedy_for_missing(path: Path) -> str:
+    """Suggest the neighbour with the closest name, or the model folders just below."""
+    if path.is_dir():
+        below = sorted(p.parent.name for p in path.glob("*/*.safetensors*"))
+        return f"Did you mean {path / below[-1]}?" if below else "Give a folder with model.safetensors or its shards."
+    neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, neighbours)
+    return f"Check the path.{hint}"

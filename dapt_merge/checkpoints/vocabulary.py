@@ -1,0 +1,80 @@
+"""Do two checkpoints give the same meaning to the same token id?
+
+Averaging row 17 of two embeddings makes sense only when row 17 is the same token. This module compares tokenizer
+files; it does not load tokenizers and does not align different ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.errors import InputError
+
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
+    """Raise unless the two tokenizers map the same tokens to the same ids.
+
+    Returns:
+        None when they were compared and agree; a sentence for the report when they could not be compared.
+
+    Raises:
+        InputError: a token differs; it is named with both ids.
+    """
+    if first.folder is None or second.folder is None or first.folder == second.folder:
+        return None
+    shared = [n for n in _VOCABULARY_FILES if (first.folder / n).is_file() and (second.folder / n).is_file()]
+    if not shared:
+        return f"the vocabularies of {first.label} and {second.label} were not compared: no tokenizer file in common"
+    name = shared[0]
+    one, other = (first.folder / name).read_bytes(), (second.folder / name).read_bytes()
+    if one == other:
+        return None
+    if not name.endswith(".json"):
+        raise _different(first, second, f"their {name} differ")
+    ids, other_ids = _token_ids(first.folder / name, one), _token_ids(second.folder / name, other)
+    differing = sorted(
+        (token for token in ids.keys() | other_ids.keys() if ids.get(token) != other_ids.get(token)),
+        key=lambda token: (ids.get(token, other_ids.get(token, 0)), token),
+    )
+    if differing:
+        token = differing[0]
+        raise _different(
+            first,
+            second,
+            f"{len(differing)} tokens differ, the first is {token!r}: "
+            f"id {ids.get(token, 'none')} in {first.label}, {other_ids.get(token, 'none')} in {second.label}",
+        )
+    return None
+
+
+def _different(first: Checkpoint, second: Checkpoint, detail: str) -> InputError:
+    return InputError(
+        f"two different vocabularies: {detail}",
+        where=f"{first.label} and {second.label}",
+        remedy="Merge checkpoints that share one tokenizer, as base and DAPT checkpoints of one run do.",
+    )
+
+
+def _token_ids(path: Path, content: bytes) -> dict[str, int]:
+    """Return token → id from a tokenizer.json (vocabulary and added tokens) or a vocab.json."""
+    try:
+        data: Any = json.loads(content)
+        if path.name != "tokenizer.json":
+            return dict(data)
+        vocabulary = data["model"]["vocab"]
+        ids = (
+            dict(vocabulary)
+            if isinstance(vocabulary, Mapping)
+            else {token: index for index, (token, _) in enumerate(vocabulary)}
+        )
+        return ids | {token["content"]: token["id"] for token in data.get("added_tokens", ())}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the tokenizer file cannot be read ({error})", where=path, remedy="Copy it again from its source."
+        ) from error
