@@ -1,0 +1,27 @@
+"""Recipes: a merge written down in mergekit's YAML dialect, checked, and resolved to values for every tensor.
+
+A `Recipe` that exists is a valid one: its keys, parameters, types and ranges were checked when it was made. This
+package knows the methods' declarations and the names of tensors; it opens no checkpoint and computes no merge.
+
+Differences from mergekit that are deliberate: an unknown key is an error; a gradient gives `lm_head` and the final norm
+its last value (`gradient_outer: mergekit` restores the first); `linear` with a `base_model` that is not among `models`
+keeps the rest of the weight on the base (WiSE-FT); arithmetic is always float32, so `dtype` is the dtype of the output.
+"""
+
+from dapt_merge.recipe.advice import recipe_warnings
+from dapt_merge.recipe.fingerprint import recipe_fingerprint
+from dapt_merge.recipe.making import make_recipe
+from dapt_merge.recipe.reading import load_recipe
+from dapt_merge.recipe.resolving import ResolvedParameters, resolve
+from dapt_merge.recipe.schema import ModelInput, Recipe
+
+__all__ = [
+    "ModelInput",
+    "Recipe",
+    "ResolvedParameters",
+    "load_recipe",
+    "make_recipe",
+    "recipe_fingerprint",
+    "recipe_warnings",
+    "resolve",
+]

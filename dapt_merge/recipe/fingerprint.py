@@ -1,0 +1,74 @@
+"""A recipe's fingerprint: one name for everything that decides the bytes of the merge, and for nothing else.
+
+The idea: hash the compiled clauses, not the text. Formatting, key order, `1` or `1.0`, a default spelled out, a weight
+given once or under each model, and where the models lie on the disk all vanish; the contents of the inputs stay in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from dapt_merge.errors import InputError
+from dapt_merge.recipe.schema import Recipe, same_model
+from dapt_merge.recipe.settings import Clause
+
+# Counts up when the meaning of a recipe changes, so that results kept under older fingerprints are not taken for new.
+_VERSION = 1
+
+
+def recipe_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
+    """Return the fingerprint of the merge that `recipe` describes.
+
+    Args:
+        recipe: a checked recipe.
+        inputs: the content fingerprint (`Checkpoint.fingerprint()`) of each of `recipe.references()`.
+
+    Returns:
+        `"xxh3:"` and 32 hexadecimal digits.
+
+    Raises:
+        InputError: `inputs` lacks one of the recipe's references.
+    """
+    text = json.dumps(_canonical(recipe, inputs), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
+    base = recipe.merge_base()
+    clauses = {
+        name: [[_clause(clause) for clause in chain] for chain in chains] for name, chains in recipe.clauses.items()
+    }
+    has_gradients = any(c.is_gradient for chains in recipe.clauses.values() for chain in chains for c in chain)
+    return {
+        "version": _VERSION,
+        "method": recipe.merge_method,
+        "base": None if base is None else _content(base, inputs),
+        # Whose configuration and tokenizer the output carries.
+        "config": _content(recipe.references()[0], inputs),
+        "models": [_content(model, inputs) for model in recipe.task_models()],
+        "parameters": clauses,
+        "gradient_outer": (recipe.gradient_outer or "last") if has_gradients else None,
+        "output_dtype": recipe.output_dtype,
+        "seed": recipe.seed if recipe.method.random else None,
+    }
+
+
+def _clause(clause: Clause) -> list[Any]:
+    # Adding 0.0 turns -0.0 into 0.0; `repr` in JSON keeps every bit of the rest.
+    anchors = [a if isinstance(a, bool | str) else float(a) + 0.0 for a in clause.anchors]
+    return [clause.filter, anchors]
+
+
+def _content(reference: str, inputs: Mapping[str, str]) -> str:
+    for name, fingerprint in inputs.items():
+        if same_model(name, reference):
+            return fingerprint
+    raise InputError(
+        f"no fingerprint was given for '{reference}'",
+        where="inputs",
+        remedy=f"Pass one for each of: {', '.join(inputs) or reference}.",
+    )

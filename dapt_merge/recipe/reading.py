@@ -1,0 +1,284 @@
+"""Recipe files and overrides: YAML ▶ mapping ▶ overrides ▶ checked `Recipe`, with every fault told by file and key.
+
+What this module does not know: what the values mean; `schema` and `settings` check them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import reprlib
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dapt_merge.errors import InputError, nearest
+from dapt_merge.methods.registry import get_method
+from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, ModelInput, Recipe
+
+# A recipe is a page of text; anything of this size is another file given by mistake.
+_LARGEST_FILE_BYTES = 2**20
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file, or from a mapping of the same shape, and check all of it.
+
+    Relative model paths are relative to the current folder; one that does not exist there, but does beside the recipe
+    file, is taken from there.
+
+    Args:
+        source: the path of a YAML file, or a mapping.
+        overrides: `key=value` each, the value in YAML. Keys are dotted paths (`models.1.parameters.weight=0.6`,
+            `merge_method=ties`) or the name of one of the method's parameters (`t=0.3`).
+
+    Raises:
+        InputError: the file is missing, empty, not YAML; a key is unknown or not supported yet; a value has the wrong
+            type or is out of range; a required one is missing. It names the file and the key.
+
+    Example:
+        >>> recipe = load_recipe(
+        ...     {"merge_method": "slerp", "base_model": "b", "models": [{"model": "d"}], "parameters": {"t": 0.5}},
+        ...     overrides=["t=0.3"],
+        ... )
+        >>> recipe.parameters
+        {'t': 0.3}
+    """
+    if isinstance(source, Mapping):
+        return build_recipe(source, overrides, "recipe")
+    path = Path(source)
+    content = _read_yaml(path)
+    if not isinstance(content, dict):
+        raise InputError(
+            f"a recipe is a mapping of keys to values; this file holds {_kind(content)}",
+            where=path,
+            remedy="Start from one of the files in recipes/: it needs at least 'models' and 'merge_method'.",
+        )
+    return build_recipe(content, overrides, str(path), folder=path.parent)
+
+
+def build_recipe(
+    content: Mapping[str, Any], overrides: Sequence[str], origin: str, folder: Path | None = None
+) -> Recipe:
+    """Apply overrides to a mapping and check it; faults are told as `origin: key`."""
+    try:
+        edited = apply_overrides(content, overrides)
+        if folder is not None:
+            _locate_models(edited, folder)
+        _refuse_unsupported(edited)
+        return Recipe.model_validate(edited)
+    except ValidationError as error:
+        raise _explained(error, origin) from None
+    except InputError as error:
+        where = origin if error.where is None else f"{origin}: {error.where}"
+        raise InputError(error.what, where=where, remedy=error.remedy) from None
+
+
+def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a recipe's mapping with `key=value` overrides applied, a change of method first.
+
+    Raises:
+        InputError: no `=`, a value that is not YAML, an unknown key, an index past the end of a list.
+    """
+    edited = copy.deepcopy(dict(content))
+    pairs = [parse_override(text) for text in overrides]
+    # The method decides which short names exist, wherever it stands on the command line.
+    for key, value in sorted(pairs, key=lambda pair: pair[0] != "merge_method"):
+        _set(edited, _full_path(key, edited), value, key)
+    return edited
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` and read the value as YAML.
+
+    Example:
+        >>> parse_override("t=[0, 0.5]")
+        ('t', [0, 0.5])
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(
+            f"'{text}' is not of the form key=value",
+            where="the overrides",
+            remedy="Write for example t=0.3 or models.0.parameters.weight=0.6.",
+        )
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise InputError(
+            f"the value in '{text}' is not valid YAML", where=key, remedy="Quote it, for example 't=[0, 0.5]'."
+        ) from None
+    if value is None:
+        raise InputError(f"'{text}' gives no value", where=key, remedy="Write a value after the equals sign.")
+    return key.strip(), value
+
+
+def _full_path(key: str, content: Mapping[str, Any]) -> list[str]:
+    """Turn a short name (`t`) into the one place in the recipe that it means; leave dotted paths as they are."""
+    first, *rest = key.split(".")
+    if first in Recipe.model_fields or first in UNSUPPORTED_KEYS:
+        return [first, *rest]
+    method = content.get("merge_method")
+    names = [parameter.name for parameter in get_method(method).parameters] if isinstance(method, str) else []
+    if rest or first not in names:
+        raise InputError(
+            f"unknown key '{key}'.{nearest(first, [*Recipe.model_fields, *names])}",
+            where=key,
+            remedy=f"Give a key of the recipe ({', '.join(Recipe.model_fields)}) or a parameter of {method}"
+            f" ({', '.join(names)}).",
+        )
+    models = content.get("models")
+    entries = list(enumerate(models)) if isinstance(models, list) else []
+    own = [index for index, entry in entries if isinstance(entry, dict) and first in (entry.get("parameters") or {})]
+    if len(own) > 1:
+        raise InputError(
+            f"{len(own)} models have their own '{first}', so '{key}=…' does not say which to change",
+            where=key,
+            remedy=f"Name one: {', '.join(f'models.{index}.parameters.{first}=…' for index in own)}.",
+        )
+    return ["models", str(own[0]), "parameters", first] if own else ["parameters", first]
+
+
+def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
+    """Set the value at a path through mappings and lists, making a missing mapping on the way."""
+    here: Any = content
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                raise InputError(
+                    f"'{part}' is not an index into the list '{'.'.join(path[:depth])}' of {len(here)} entries",
+                    where=key,
+                    remedy=f"Count from 0 to {len(here) - 1}.",
+                )
+            index: Any = int(part)
+        elif isinstance(here, MutableMapping):
+            index = part
+            if not last and here.get(part) is None:
+                here[part] = {}
+        else:
+            raise InputError(
+                f"'{'.'.join(path[:depth])}' is {_kind(here)} and has no '{part}'",
+                where=key,
+                remedy=f"Set '{'.'.join(path[:depth])}' itself.",
+            )
+        if last:
+            here[index] = value
+        else:
+            here = here[index]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that is given twice: YAML would silently keep the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key_node.value}' is given twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    remedy = "Give the path of a YAML recipe; recipes/ holds some to start from."
+    try:
+        if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
+            raise InputError("this file is too large to be a recipe (over 1 MiB)", where=path, remedy=remedy)
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError("there is no such file", where=path, remedy=remedy) from None
+    except IsADirectoryError:
+        raise InputError("this is a folder, not a recipe", where=path, remedy=remedy) from None
+    except UnicodeDecodeError:
+        raise InputError("this file is not UTF-8 text", where=path, remedy=remedy) from None
+    except OSError as error:
+        raise InputError(f"the recipe cannot be read ({error.strerror})", where=path, remedy=remedy) from None
+    try:
+        # Derives from SafeLoader: nothing but plain data can come out of it.
+        content = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise InputError(
+            f"this is not valid YAML: {problem}",
+            where=f"{path}{line}",
+            remedy="Correct that line; indent with spaces only.",
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"this is not a recipe: {error}", where=path, remedy=remedy) from None
+    if content is None:
+        raise InputError("the recipe is empty", where=path, remedy=remedy)
+    return content
+
+
+def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
+    """Replace each model path that does not exist from here, but does from the recipe's own folder."""
+
+    def located(reference: Any) -> Any:
+        if not isinstance(reference, str) or not reference:
+            return reference
+        expanded = os.path.expanduser(reference)
+        if os.path.exists(expanded) or os.path.isabs(expanded):
+            return expanded
+        beside = folder / expanded
+        return os.path.normpath(beside) if beside.exists() else reference
+
+    if "base_model" in content:
+        content["base_model"] = located(content["base_model"])
+    entries = content.get("models")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and "model" in entry:
+            entry["model"] = located(entry["model"])
+
+
+def _refuse_unsupported(content: Mapping[str, Any]) -> None:
+    for key, remedy in UNSUPPORTED_KEYS.items():
+        if key in content:
+            raise InputError(f"'{key}' is a mergekit key that is not supported yet", where=key, remedy=remedy)
+
+
+def _explained(error: ValidationError, origin: str) -> InputError:
+    """Say the first of pydantic's findings in our own three parts; a misspelt key before the one it leaves missing."""
+    finding = min(error.errors(include_url=False), key=lambda finding: finding["type"] != "extra_forbidden")
+    path = [str(part) for part in finding["loc"]]
+    where = f"{origin}: {'.'.join(path)}" if path else origin
+    fields = ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields
+    if finding["type"] == "extra_forbidden":
+        remedy = f"Known keys here: {', '.join(fields)}."
+        if fields is ModelInput.model_fields and path[-1] in ("weight", "density"):
+            remedy = f"Put it under the model's 'parameters:' ({'.'.join([*path[:-1], 'parameters', path[-1]])})."
+        return InputError(f"unknown key '{path[-1]}'.{nearest(path[-1], list(fields))}", where=where, remedy=remedy)
+    if finding["type"] == "missing":
+        return InputError(f"the key '{path[-1]}' is missing", where=where, remedy=f"Add '{path[-1]}: …' to the recipe.")
+    given = finding.get("input")
+    if finding["type"].endswith("_type"):
+        return InputError(
+            f"'{path[-1] if path else 'recipe'}' is {_kind(given)}; {_EXPECTED.get(finding['type'], finding['msg'])}",
+            where=where,
+            remedy="Change the value to that type.",
+        )
+    message = finding["msg"].removeprefix("Value error, ")
+    return InputError(f"{message} (found {reprlib.repr(given)})", where=where, remedy="Correct the value.")
+
+
+_EXPECTED = {
+    "string_type": "a text is expected",
+    "int_type": "a whole number is expected",
+    "list_type": "a list is expected",
+    "dict_type": "a mapping of names to values is expected",
+    "model_type": "a mapping with the key 'model' is expected",
+    "model_attributes_type": "a mapping with the key 'model' is expected",
+}
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "a flag", type(None): "nothing"}
+    shown = "" if value is None or isinstance(value, dict | list) else f" ({reprlib.repr(value)})"
+    return names.get(type(value), f"a {type(value).__name__}") + shown

@@ -1,0 +1,105 @@
+"""Warnings: what has no effect, and what mergekit would do otherwise. A sound recipe has none."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from dapt_merge.recipe import load_recipe, recipe_warnings
+
+ONE = "base_model: b\nmodels: [{model: d, parameters: {weight: 0.3}}]\n"
+TWO = "base_model: b\nmodels: [{model: d}, {model: e}]\n"
+
+
+def warnings(text: str) -> list[str]:
+    return recipe_warnings(load_recipe(yaml.safe_load(text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: ties\n" + ONE,
+        "merge_method: ties\nparameters: {weight: 0.5, density: 0.3}\n" + TWO,
+        "merge_method: linear\n" + ONE,
+        "merge_method: linear\nmodels: [{model: b}, {model: d}]\nparameters: {weight: 1}\n",
+        "merge_method: linear\nbase_model: b\nmodels: [{model: b}, {model: d}]\nparameters: {weight: 0.5}\n",
+        "merge_method: slerp\nbase_model: b\nmodels: [{model: d}]\nparameters: {t: 0.5}\ndtype: bfloat16\n",
+        "merge_method: slerp\nbase_model: b\nmodels: [{model: d}]\n"
+        "parameters: {t: [{filter: self_attn, value: [0, 1]}, {value: 0.5}]}\n",
+    ],
+)
+def test_a_sound_recipe_has_no_warning(text):
+    assert warnings(text) == []
+
+
+def test_the_cancelling_normalize_of_one_task_vector_is_named():
+    found = warnings("merge_method: ties\nparameters: {normalize: true}\n" + ONE)
+    assert len(found) == 1
+    assert "weight" in found[0]
+
+
+def test_a_knob_that_is_dead_for_some_tensors_names_them():
+    normalize = "{normalize: [{filter: mlp, value: true}, {value: false}]}"
+    found = warnings(f"merge_method: ties\nparameters: {normalize}\n{ONE}")
+    assert len(found) == 1
+    assert "tensors named like 'mlp'" in found[0]
+    assert "the other tensors" not in found[0]
+
+
+def test_int8_mask_is_taken_and_reported():
+    found = warnings("merge_method: ties\nparameters: {weight: 0.5, int8_mask: true}\n" + TWO)
+    assert len(found) == 1
+    assert "int8_mask" in found[0]
+
+
+def test_the_bases_own_parameters_are_reported_where_they_cannot_act():
+    text = "merge_method: ties\nbase_model: b\nmodels: [{model: b, parameters: {weight: 0.5}}, {model: d}]\n"
+    found = warnings(text + "parameters: {weight: 0.5}\n")
+    assert len(found) == 1
+    assert "models.0.parameters has no effect" in found[0]
+
+
+def test_a_global_setting_that_every_model_overrules_is_reported():
+    found = warnings("merge_method: ties\nparameters: {weight: 0.9}\n" + ONE)
+    assert found == ["parameters.weight has no effect: every model has its own 'weight'."]
+    own = "models: [{model: d, parameters: {weight: [{filter: mlp, value: 0.1}]}}]\n"
+    assert warnings("merge_method: ties\nbase_model: b\nparameters: {weight: 0.9}\n" + own) == []
+
+
+def test_linear_with_a_global_weight_and_an_unlisted_base_is_told_apart_from_mergekits():
+    found = warnings("merge_method: linear\nbase_model: b\nmodels: [{model: d}]\nparameters: {weight: 0.3}\n")
+    assert len(found) == 1
+    assert "WiSE-FT" in found[0]
+
+
+def test_mergekits_linear_gives_an_unlisted_base_the_global_weight():
+    """The behaviour that the warning above describes."""
+    from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration, OutputSliceDefinition
+    from mergekit.merge_methods import registry
+    from mergekit.parameter_resolver import resolve_parameters
+
+    content = {"merge_method": "linear", "base_model": "b", "models": [{"model": "d"}], "parameters": {"weight": 0.3}}
+    config = MergeConfiguration.model_validate(content)
+    sources = [InputSliceDefinition(model=name, layer_range=(0, 1)) for name in ("d", "b")]
+    _, per_model = resolve_parameters(
+        registry.get("linear").spec,
+        tensor_name="w",
+        inputs={source.model: "w" for source in sources},
+        sources=ConfigReader(config=config, t=0, slice_out=OutputSliceDefinition(sources=sources)).parameter_sources,
+        base_model=config.base_model,
+    )
+    assert {str(model): own["weight"] for model, own in per_model.items()} == {"d": 0.3, "b": 0.3}
+
+
+def test_a_gradient_that_reaches_the_head_is_told_until_the_recipe_chooses():
+    text = "merge_method: slerp\nbase_model: b\nmodels: [{model: d}]\nparameters: {t: [0, 1]}\n"
+    assert "gradient_outer" in warnings(text)[0]
+    assert len(warnings(text)) == 1
+    assert warnings(text + "gradient_outer: last\n") == []
+    assert warnings(text + "gradient_outer: mergekit\n") == []
+
+
+def test_a_working_dtype_beside_another_output_dtype_is_reported():
+    text = "merge_method: slerp\nbase_model: b\nmodels: [{model: d}]\nparameters: {t: 0.5}\ndtype: bfloat16\n"
+    assert "float32" in warnings(text + "out_dtype: float16\n")[0]
+    assert warnings(text + "out_dtype: bfloat16\n") == []

@@ -1,0 +1,257 @@
+"""Recipe files: what is accepted, and how each fault is told (what, file and key, what to do)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dapt_merge.errors import InputError
+from dapt_merge.recipe import Recipe, load_recipe
+
+VALID = """
+merge_method: slerp
+base_model: b
+models:
+  - model: b
+  - model: d
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 1]
+    - value: 0.5
+dtype: bfloat16
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def told(path: Path, overrides: tuple[str, ...] = ()) -> InputError:
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.remedy
+    assert str(path) in caught.value.where
+    return caught.value
+
+
+class TestFiles:
+    def test_a_valid_file_is_read(self, file):
+        recipe = load_recipe(file(VALID))
+        assert recipe.merge_method == "slerp"
+        assert recipe.references() == ("b", "d")
+        assert recipe.task_models() == ("d",)
+        assert recipe.output_dtype == "bfloat16"
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", "empty"),
+            ("# only a comment\n", "empty"),
+            ("- a\n- b\n", "holds a list"),
+            ("slerp", "holds a text"),
+            (b"\xff\xfe\x00\x01binary", "not UTF-8"),
+            (b"\x00" * (2**20 + 1), "too large"),
+        ],
+    )
+    def test_a_file_that_is_no_recipe_is_refused(self, file, text, said):
+        assert said in told(file(text)).what
+
+    def test_a_syntax_error_is_told_with_its_line(self, file):
+        error = told(file("merge_method: slerp\nbase_model: [b\nmodels: x\n"))
+        assert "line 3" in error.where
+
+    def test_a_key_given_twice_is_refused_with_its_line(self, file):
+        error = told(file(VALID + "dtype: float32\n"))
+        assert "'dtype' is given twice" in error.what
+        assert "line 13" in error.where
+
+    def test_a_file_cannot_construct_python_objects(self, file, tmp_path):
+        mark = tmp_path / "executed"
+        error = told(file(f"merge_method: !!python/object/apply:os.mkdir ['{mark}']\n"))
+        assert "not valid YAML" in error.what
+        assert not mark.exists()
+
+    def test_nested_aliases_do_not_explode(self, file):
+        bomb = "a: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+        assert "unknown key" in told(file(bomb + VALID)).what
+        lists = "parameters:\n  a:\n    &a0 [x, x]\n" + "".join(
+            f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+        )
+        told(file(lists + "  t: *a29\n" + VALID.split("parameters:")[0]))
+
+    def test_a_missing_file_and_a_folder_are_told_apart(self, tmp_path):
+        assert "no such file" in told(tmp_path / "absent.yaml").what
+        assert "folder" in told(tmp_path).what
+
+    def test_models_beside_the_recipe_are_found_when_absent_from_the_current_folder(self, file, tmp_path, monkeypatch):
+        (tmp_path / "d").mkdir()
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.chdir(elsewhere)
+        recipe = load_recipe(file(VALID))
+        assert recipe.references() == ("b", str(tmp_path / "d"))
+        (elsewhere / "d").mkdir()
+        assert load_recipe(file(VALID)).references() == ("b", "d")
+
+
+class TestKeys:
+    @pytest.mark.parametrize(
+        ("old", "new", "what", "where"),
+        [
+            ("dtype:", "dtyp:", "unknown key 'dtyp'. Did you mean 'dtype'?", "dtyp"),
+            ("merge_method:", "merge_metod:", "Did you mean 'merge_method'?", "merge_metod"),
+            ("  t:", "  tt:", "slerp has no parameter 'tt'. Did you mean 't'?", "parameters.tt"),
+            ("- model: d", "- modell: d", "Did you mean 'model'?", "models.1.modell"),
+            ("filter:", "fliter:", "Did you mean 'filter'?", "parameters.t.0.fliter"),
+            ("merge_method: slerp", "merge_method: slurp", "Did you mean 'slerp'?", "merge_method"),
+            ("bfloat16", "bflaot16", "Did you mean 'bfloat16'?", "dtype"),
+            ("merge_method: slerp", "merge_method: 3", "a text is expected", "merge_method"),
+            ("models:\n  - model: b\n  - model: d", "models: d", "a list is expected", "models"),
+            ("- model: d", "- d", "a mapping with the key 'model'", "models.1"),
+            ("- model: b\n  - model: d", "[]", "at least 1", "models"),
+            ("base_model: b\n", "", "needs a base model", "base_model"),
+            ("merge_method: slerp\n", "", "'merge_method' is missing", "merge_method"),
+            ("models:\n  - model: b\n  - model: d\n", "", "'models' is missing", "models"),
+            ("- model: d", "- model: d\n  - model: ./d/", "listed twice", "models.2.model"),
+            ("- model: d", "- model: d\n  - model: e", "merges 1 model(s) besides the base", "models"),
+            ("- model: d", "- model: d+adapter", "LoRA", "models.1.model"),
+            ("- model: d", "- model: d\n    weight: 1", "unknown key 'weight'", "models.1.weight"),
+            (
+                "- model: d",
+                "- model: d\n    parameters: {t: 0.5}",
+                "holds for the whole merge",
+                "models.1.parameters.t",
+            ),
+            ("dtype:", "seed: -1\ndtype:", "greater than or equal to 0", "seed"),
+            ("dtype:", "seed: true\ndtype:", "a whole number is expected", "seed"),
+            ("dtype:", "slices: []\ndtype:", "not supported yet", "slices"),
+            ("dtype:", "tokenizer_source: union\ndtype:", "not supported yet", "tokenizer_source"),
+            ("dtype:", "gradient_outer: first\ndtype:", "'last' or 'mergekit'", "gradient_outer"),
+        ],
+    )
+    def test_each_fault_is_told_with_its_key(self, file, old, new, what, where):
+        assert old in VALID
+        error = told(file(VALID.replace(old, new, 1)))
+        assert what in error.what
+        assert where in error.where
+
+    @pytest.mark.parametrize(
+        ("value", "what", "where"),
+        [
+            ("1.5", "'t' is 1.5, expected a number in [0, 1]", "parameters.t"),
+            ("-0.1", "expected a number in [0, 1]", "parameters.t"),
+            (".nan", "'t' is nan, expected", "parameters.t"),
+            ("half", "'t' is 'half', expected a number", "parameters.t"),
+            ("true", "'t' is True, expected a number", "parameters.t"),
+            ("null", "'t' is nothing, expected a number", "parameters.t"),
+            ("[]", "empty list", "parameters.t"),
+            ("[0, 2]", "expected a number", "parameters.t.1"),
+            ("[0, [1]]", "expected a number", "parameters.t.1"),
+            ("[{value: 0.5}, 0.3]", "has no 'value:'", "parameters.t.1"),
+            ("[{filter: mlp}]", "no 'value'", "parameters.t.0"),
+            ("[{filter: 3, value: 0.1}]", "filter is 3", "parameters.t.0.filter"),
+            ("{filter: '', value: 0.1}", "filter is ''", "parameters.t"),
+        ],
+    )
+    def test_each_bad_value_is_told_with_its_place(self, file, value, what, where):
+        content = yaml.safe_load(VALID)
+        content["parameters"]["t"] = yaml.safe_load(value)
+        error = told(file(yaml.safe_dump(content)))
+        assert what in error.what
+        assert error.where.endswith(where) or where in error.where
+
+    def test_a_required_parameter_that_is_missing_is_told_with_its_model(self, file):
+        text = "merge_method: ties\nbase_model: b\nmodels: [{model: d, parameters: {weight: 1}}, {model: e}]\n"
+        error = told(file(text))
+        assert "'weight'" in error.what
+        assert "'e'" in error.what
+
+    def test_flags_may_be_written_as_numbers_but_not_as_words(self, file):
+        text = "merge_method: linear\nmodels: [{model: d}, {model: e}]\nparameters: {weight: 1, normalize: %s}\n"
+        assert load_recipe(file(text % "1.0")).clauses["normalize"][0][0].anchors == (True,)
+        assert "expected true or false" in told(file(text % "sometimes")).what
+
+
+class TestRoundTrip:
+    def test_the_yaml_of_a_recipe_reads_back_as_the_same_recipe(self, file):
+        recipe = load_recipe(file(VALID), ["seed=3", "gradient_outer=last"])
+        assert load_recipe(file(recipe.to_yaml())) == recipe
+
+    def test_mergekit_reads_the_yaml_of_a_recipe(self, file):
+        from mergekit.config import MergeConfiguration
+
+        config = MergeConfiguration.model_validate(yaml.safe_load(load_recipe(file(VALID)).to_yaml()))
+        assert str(config.base_model) == "b"
+        assert config.parameters["t"][0].value == [0, 0.5, 1]
+
+    def test_a_recipe_cannot_be_changed(self):
+        recipe = load_recipe(yaml.safe_load(VALID))
+        with pytest.raises(ValueError, match="frozen"):
+            recipe.seed = 2  # type: ignore[misc]
+        assert isinstance(recipe, Recipe)
+
+
+class TestOverrides:
+    def content(self) -> dict:
+        return {
+            "merge_method": "ties",
+            "base_model": "b",
+            "models": [{"model": "b"}, {"model": "d", "parameters": {"weight": 0.5}}],
+            "parameters": {"density": 0.4},
+        }
+
+    def test_a_dotted_key_changes_one_place(self):
+        recipe = load_recipe(self.content(), ["models.1.parameters.weight=0.6", "parameters.lambda=0.9", "seed=4"])
+        assert recipe.models[1].parameters == {"weight": 0.6}
+        assert recipe.parameters == {"density": 0.4, "lambda": 0.9}
+        assert recipe.seed == 4
+
+    def test_a_parameters_own_name_changes_it_where_the_recipe_sets_it(self):
+        recipe = load_recipe(self.content(), ["weight=0.6", "density=[0.1, 0.9]"])
+        assert recipe.models[1].parameters == {"weight": 0.6}
+        assert recipe.parameters == {"density": [0.1, 0.9]}
+
+    def test_a_short_name_that_could_mean_several_models_is_refused(self):
+        content = self.content()
+        content["models"].append({"model": "e", "parameters": {"weight": 0.1}})
+        with pytest.raises(InputError, match="does not say which") as caught:
+            load_recipe(content, ["weight=0.6"])
+        assert "models.2.parameters.weight" in caught.value.remedy
+
+    def test_a_change_of_method_comes_first_wherever_it_stands(self):
+        content = {"merge_method": "linear", "base_model": "b", "models": [{"model": "d"}]}
+        assert load_recipe(content, ["t=0.3", "merge_method=slerp"]).parameters == {"t": 0.3}
+
+    def test_the_callers_mapping_stays_as_it_was(self):
+        content = self.content()
+        load_recipe(content, ["weight=0.6", "parameters.density=0.1"])
+        assert content == self.content()
+
+    @pytest.mark.parametrize(
+        ("override", "what"),
+        [
+            ("weight", "not of the form key=value"),
+            ("=3", "not of the form key=value"),
+            ("weight=[", "not valid YAML"),
+            ("weight=", "gives no value"),
+            ("wieght=0.3", "Did you mean 'weight'?"),
+            ("models.7.parameters.weight=1", "not an index"),
+            ("models.x.parameters.weight=1", "not an index"),
+            ("seed.x=1", "a whole number is expected"),
+            ("merge_method=teis", "Did you mean 'ties'?"),
+            ("parameters.densty=1", "Did you mean 'density'?"),
+            ("weight=half", "expected a finite number"),
+        ],
+    )
+    def test_each_bad_override_is_told(self, override, what):
+        with pytest.raises(InputError, match=what.replace("?", r"\?")):
+            load_recipe(self.content(), [override])
