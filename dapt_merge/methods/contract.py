@@ -5,26 +5,42 @@ A method's function gets the float32 tensors of one parameter (same shape) and r
     function(base, models, *, <parameters>, context) -> Tensor
 
 `base` is θ₀, `models` are θ₁…θₙ (never the base). A per-model parameter arrives as a tuple with one value per model, a
-global one as a single value. `context` names the tensor and carries the seed (random masks are a function of seed,
-tensor name and element index only) and collects what the merge report has to say. A function never modifies an input,
-reads no file and knows no recipe.
+global one as a single value; the parameter `lambda` arrives as `lambda_`. `context` names the tensor and carries the
+seed (random masks are a function of seed, tensor name and element index only) and collects what the merge report has
+to say. A function never modifies an input, reads no file and knows no recipe.
+
+Most methods treat every element alike once a few numbers of the whole tensor are known (a threshold, an angle). Such a
+method declares `elementwise=True` and, if it needs those numbers, a `measure`; `apply.combine` then streams the tensor
+in pieces that stay in the processor's cache, and no full-size float32 copy of an input is ever made. A method without
+these two simply gets whole tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from dapt_merge.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from dapt_merge.methods.selection import Cutoff
+
 Value = float | bool | str
+Values = dict[str, Any]  # parameter name → value, or a tuple of values (one per model) for a per-model parameter
+Source = Literal["base"] | int  # an input of a merge: the base, or the position of a model
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One knob of a method: its default (None: must be given), range and meaning."""
+    """One knob of a method: its default (None: must be given), range and meaning.
+
+    `choices` may hold `True` and `False` beside words: a knob that is a flag with an `"auto"`, or a set of words that
+    also takes the booleans of mergekit's dialect.
+    """
 
     name: str
     default: Value | None
@@ -33,33 +49,117 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | bool, ...] = ()
 
     @property
     def kind(self) -> Literal["number", "flag", "choice"]:
+        """What a single value of this parameter is."""
         if self.choices:
             return "choice"
         return "flag" if isinstance(self.default, bool) else "number"
+
+    @property
+    def expected(self) -> str:
+        """The allowed values in words, for errors and documentation.
+
+        Example:
+            >>> Parameter("density", 1.0, "share of the elements kept", low=0, high=1).expected
+            'a number in [0, 1]'
+        """
+        if self.kind == "choice":
+            return "one of " + ", ".join(str(choice).lower() for choice in self.choices)
+        if self.kind == "flag":
+            return "true or false"
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "a finite number"
+        if math.isinf(self.high):
+            return f"a finite number {'above' if self.low_open else 'of at least'} {self.low:g}"
+        return f"a number in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+    def check(self, value: object, where: str) -> Value:
+        """Return one value of this parameter (numbers as float), or raise InputError with what, where and range."""
+        fault = InputError(
+            f"'{self.name}' is {value!r}, expected {self.expected}", where=where, remedy=f"Correct '{self.name}'."
+        )
+        if self.kind == "choice":
+            matches = [choice for choice in self.choices if type(choice) is type(value) and choice == value]
+            if not matches:
+                raise fault
+            return matches[0]
+        if self.kind == "flag":
+            if not isinstance(value, bool):
+                raise fault
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise fault
+        below = value <= self.low if self.low_open else value < self.low
+        if below or value > self.high:
+            raise fault
+        return float(value)
+
+    def check_all(self, value: object, count: int, where: str) -> Value | tuple[Value, ...]:
+        """Check what was given for `count` models: a scalar serves every model, a sequence has one value per model."""
+        many = isinstance(value, Sequence) and not isinstance(value, str)
+        if not self.per_model:
+            return self.check(value, where)
+        if not many:
+            return (self.check(value, where),) * count
+        assert isinstance(value, Sequence)
+        if len(value) != count:
+            raise InputError(
+                f"'{self.name}' has {len(value)} values for {count} models besides the base",
+                where=where,
+                remedy="Give one value per model, or a single value for all.",
+            )
+        return tuple(self.check(item, where) for item in value)
 
 
 @dataclass
 class TensorContext:
     """What a method may know beside the tensors: which one it merges, the seed, and where its notes go.
 
-    `notes` become lines of the merge report, for example `{"fallback": "linear: cos 0.99997 > 0.9995"}`.
+    Attributes:
+        name: the tensor's name; together with `seed` it fixes every random mask.
+        seed: the recipe's seed.
+        notes: lines of the merge report, for example `{"fallback": "linear: cos 0.99997 > 0.9995"}`.
+        base_label: what errors call the base.
+        model_labels: what errors call the models, in order; a model without one is called by its position.
+        cutoffs: one whole-model trimming threshold per model, for `trim_scope: model` (see `ties.model_cutoffs`).
+        offset: index, in the flattened tensor, of the first element that an elementwise function was given.
     """
 
     name: str
     seed: int = 0
     notes: dict[str, Value] = field(default_factory=dict)
+    base_label: str = "the base"
+    model_labels: tuple[str, ...] = ()
+    cutoffs: tuple[Cutoff | None, ...] | None = None
+    offset: int = 0
+
+    def label(self, source: Source) -> str:
+        """Name an input for an error."""
+        if source == "base":
+            return self.base_label
+        return self.model_labels[source] if source < len(self.model_labels) else f"model {source + 1}"
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered method: the function and everything that a recipe, `explain` and the documentation need of it.
 
-    `min_models` and `max_models` count the models besides the base. `base` says whether θ₀ is needed ("required"),
-    used when given ("optional") or never used ("unused").
+    Attributes:
+        base: whether θ₀ is needed ("required"), used when given ("optional") or never used ("unused").
+        min_models: fewest models besides the base.
+        max_models: most models besides the base (None: any number).
+        reference: where the formula comes from.
+        random: whether the result depends on the seed.
+        dead_knobs: `(values, number of models) -> sentences`, each naming a parameter that cannot change the result.
+            The values may be incomplete; defaults are filled in first.
+        elementwise: the function may be given any run of elements (1-d, `context.offset` says where it starts).
+        measure: `(operands, values, context) -> Any`, the numbers of the whole tensor that an elementwise function
+            needs; they reach it as the keyword `measured`.
+        copy_of: `(complete values, number of models, base given) -> Source | None`: the input that the result is, bit
+            for bit, or None. This is what makes end points exact and free.
     """
 
     name: str
@@ -71,6 +171,39 @@ class Method:
     reference: str
     random: bool = False
     dead_knobs: Callable[[dict[str, object], int], list[str]] | None = None
+    elementwise: bool = False
+    measure: Callable[..., Any] | None = None
+    copy_of: Callable[[Values, int, bool], Source | None] | None = None
 
     def parameter(self, name: str) -> Parameter | None:
+        """Return the declared parameter of that name, or None."""
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+    def complete(self, values: Mapping[str, object], count: int, where: str) -> Values:
+        """Check `values` for `count` models and fill in the defaults.
+
+        Returns:
+            Every declared parameter: a tuple of `count` values when it is per model, else one value.
+
+        Raises:
+            InputError: a name is unknown, a value is missing or out of range; `where` says where they stood.
+        """
+        known = tuple(parameter.name for parameter in self.parameters)
+        for name in values:
+            if name not in known:
+                raise InputError(
+                    f"the method '{self.name}' has no parameter '{name}'.{nearest(name, known)}",
+                    where=where,
+                    remedy=f"Use its parameters: {', '.join(known) or 'none'}.",
+                )
+        complete: Values = {}
+        for parameter in self.parameters:
+            value = values.get(parameter.name, parameter.default)
+            if value is None:
+                raise InputError(
+                    f"the method '{self.name}' needs a value for '{parameter.name}' ({parameter.meaning})",
+                    where=where,
+                    remedy=f"Give '{parameter.name}': {parameter.expected}.",
+                )
+            complete[parameter.name] = parameter.check_all(value, count, where)
+        return complete

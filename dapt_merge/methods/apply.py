@@ -1,0 +1,172 @@
+"""One tensor merged by one method: the promises that hold whatever the method is.
+
+Inputs are checked, values too; an end point is the input itself, bit for bit; everything else is computed in float32
+and rounded once. What this module does not know: any formula, where tensors come from, where they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dapt_merge.errors import DaptMergeError, InputError
+from dapt_merge.methods.contract import Method, Source, TensorContext
+from dapt_merge.methods.pieces import Operands, is_finite, refuse_non_finite
+
+MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.no_grad()
+def combine(
+    method: Method,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    values: Mapping[str, object],
+    context: TensorContext,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    piece_elements: int | None = None,
+) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        method: from `registry.get_method`.
+        base: θ₀, or None when the method does without.
+        models: θ₁…θₙ, shaped like the base; float32, bfloat16, float16 or float64 (which may be mixed), or buffers of
+            one integer or boolean dtype.
+        values: parameters by their recipe names; per-model ones as one value per model, or one for all.
+        context: the tensor's name, the seed; gets the notes.
+        out_dtype: dtype of a computed result, rounded to nearest once.
+        piece_elements: elements handled at a time (a multiple of 1024); no result depends on it.
+
+    Returns:
+        A new tensor of `out_dtype`; or, at an exact end point and for integer and boolean buffers, **the input tensor
+        itself** in its own dtype: read it, do not write to it.
+
+    Raises:
+        InputError: a value or a number of models is not allowed; shapes differ; an input that takes part holds NaN or
+            infinity; buffers disagree; the result overflows.
+
+    Example:
+        >>> from dapt_merge.methods.registry import get_method
+        >>> base, dapt = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0])
+        >>> combine(get_method("linear"), base, [dapt], {"weight": 0.5}, TensorContext("w"))
+        tensor([1.5000, 3.0000])
+    """
+    complete = method.complete(values, len(models), f"tensor {context.name}")
+    _check_count(method, base, len(models), context)
+    if method.base == "unused":
+        base = None
+    _check_shapes(base, models, context)
+    if not models[0].is_floating_point():
+        return _agreed_buffer(base, models, context)
+    source = None if method.copy_of is None else method.copy_of(complete, len(models), base is not None)
+    if source is not None:
+        return _copied(base, models, source, context)
+    if not models[0].numel():
+        return torch.empty(models[0].shape, dtype=out_dtype, device=models[0].device)
+    keywords = {("lambda_" if name == "lambda" else name): value for name, value in complete.items()}
+    operands = Operands(base, tuple(models), context, piece_elements)
+    if method.measure is not None:
+        keywords["measured"] = method.measure(operands, complete, context)
+    if method.elementwise:
+        return _stream(method, operands, keywords, out_dtype)
+    return _whole(method, operands, keywords, out_dtype)
+
+
+def _stream(method: Method, operands: Operands, keywords: dict[str, Any], out_dtype: torch.dtype) -> Tensor:
+    context, first = operands.context, operands.models[0]
+    merged = torch.empty(first.shape, dtype=out_dtype, device=first.device)
+    flat = merged.view(-1)
+    for start, base, models in operands.pieces():
+        run = flat[start : start + models[0].numel()]
+        run.copy_(method.function(base, models, context=replace(context, offset=start), **keywords))
+        _refuse_overflow(run, method, context)
+    return merged
+
+
+def _whole(method: Method, operands: Operands, keywords: dict[str, Any], out_dtype: torch.dtype) -> Tensor:
+    context, shape = operands.context, operands.models[0].shape
+    base, models = operands.whole()
+    merged = method.function(base, models, context=context, **keywords)
+    if merged.shape != shape:
+        raise DaptMergeError(
+            f"the method '{method.name}' returned shape {tuple(merged.shape)}, expected {tuple(shape)}",
+            where=f"tensor {context.name}",
+            remedy="Report this to the author of the method.",
+        )
+    rounded = merged.to(out_dtype)
+    _refuse_overflow(rounded, method, context)
+    return rounded
+
+
+def _copied(base: Tensor | None, models: Sequence[Tensor], source: Source, context: TensorContext) -> Tensor:
+    tensor = base if source == "base" else models[source]
+    assert tensor is not None
+    refuse_non_finite(tensor, source, context)
+    return tensor
+
+
+def _agreed_buffer(base: Tensor | None, models: Sequence[Tensor], context: TensorContext) -> Tensor:
+    first = models[0] if base is None else base
+    for position, model in enumerate(models):
+        if model.dtype != first.dtype or not torch.equal(model, first):
+            raise InputError(
+                f"{context.label(position)} disagrees with {context.label('base' if base is not None else 0)} on a "
+                f"buffer of {first.dtype}, which cannot be merged",
+                where=f"tensor {context.name}",
+                remedy="Use checkpoints of one architecture and tokenizer.",
+            )
+    return first
+
+
+def _check_count(method: Method, base: Tensor | None, count: int, context: TensorContext) -> None:
+    where = f"method {method.name}, tensor {context.name}"
+    if method.base == "required" and base is None:
+        raise InputError(f"'{method.name}' needs a base", where=where, remedy="Name the base model.")
+    if count < method.min_models or (method.max_models is not None and count > method.max_models):
+        if method.max_models is None:
+            allowed = f"at least {method.min_models}"
+        elif method.min_models == method.max_models:
+            allowed = f"exactly {method.min_models}"
+        else:
+            allowed = f"{method.min_models} to {method.max_models}"
+        raise InputError(
+            f"'{method.name}' was given {count} models besides the base, expected {allowed}",
+            where=where,
+            remedy="Change the list of models, or choose another method.",
+        )
+
+
+def _check_shapes(base: Tensor | None, models: Sequence[Tensor], context: TensorContext) -> None:
+    inputs: list[tuple[Source, Tensor]] = [] if base is None else [("base", base)]
+    inputs += list(enumerate(models))
+    first_source, first = inputs[0]
+    for source, tensor in inputs:
+        if tensor.shape != first.shape:
+            raise InputError(
+                f"{context.label(source)} has shape {tuple(tensor.shape)}, "
+                f"{context.label(first_source)} has {tuple(first.shape)}",
+                where=f"tensor {context.name}",
+                remedy="Merge checkpoints of one architecture and one vocabulary.",
+            )
+        mixed = tensor.is_floating_point() != first.is_floating_point()
+        if mixed or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in MERGED_DTYPES):
+            raise InputError(
+                f"{context.label(source)} stores {tensor.dtype}, which cannot be merged here",
+                where=f"tensor {context.name}",
+                remedy="Convert the checkpoint to float32, bfloat16 or float16 first (dequantize it if need be).",
+            )
+
+
+def _refuse_overflow(merged: Tensor, method: Method, context: TensorContext) -> None:
+    if not is_finite(merged):
+        raise InputError(
+            f"the result of '{method.name}' overflows {merged.dtype}",
+            where=f"tensor {context.name}",
+            remedy="Use smaller weights, or an out_dtype of larger range.",
+        )

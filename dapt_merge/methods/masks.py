@@ -1,0 +1,78 @@
+"""Random masks that are a pure function of seed, tensor name, stream and element index.
+
+The idea: no generator with a state. Element i is kept when a hash of i, keyed by (seed, name, stream), falls below
+probability·2³². So a mask is the same for any shard layout, piece size, thread count, device or order of work, and any
+part of it can be computed alone. The streams of one tensor (one per model) are independent of each other.
+
+Arithmetic is on int64 lanes that hold 32-bit values: no product leaves 63 bits, so nothing relies on overflow. What
+this module does not know: what is masked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_LOW_32 = 0xFFFFFFFF
+# Wellons' "lowbias32" integer hash (public domain). The second multiplier is taken modulo 2³² as a negative number,
+# which keeps every product within int64.
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+_LANES = 1 << 16
+
+
+def keep_mask(
+    seed: int, name: str, stream: int, start: int, count: int, probability: float, device: torch.device | None = None
+) -> Tensor:
+    """Return which of the elements start … start+count−1 are kept, each with the given probability.
+
+    Args:
+        seed: the recipe's seed, any integer.
+        name: the tensor's name.
+        stream: which of the tensor's independent masks: the position of the model.
+        start: index of the first element in the flattened tensor.
+        count: number of elements.
+        probability: in [0, 1], rounded to a multiple of 2⁻³² (never to 0 when positive).
+        device: where the mask is computed and returned.
+
+    Returns:
+        bool, shape [count].
+
+    Example:
+        >>> whole = keep_mask(0, "w", 0, start=0, count=100, probability=0.5)
+        >>> torch.equal(whole[40:], keep_mask(0, "w", 0, start=40, count=60, probability=0.5))
+        True
+    """
+    limit = round(probability * (1 << 32))
+    if probability > 0:
+        limit = max(1, limit)
+    kept = torch.empty(count, dtype=torch.bool, device=device)
+    done = 0
+    while done < count:
+        high, low = divmod(start + done, 1 << 32)
+        lanes = min(_LANES, count - done, (1 << 32) - low)
+        hashed = _hashed(low, lanes, _key(seed, name, stream, high), device)
+        torch.lt(hashed, limit, out=kept[done : done + lanes])
+        done += lanes
+    return kept
+
+
+def _key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:
+    """Two 32-bit words; `high` is the part of the element index above 32 bits."""
+    text = f"{seed}\x1f{stream}\x1f{high}\x1f{name}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _hashed(low: int, lanes: int, key: tuple[int, int], device: torch.device | None) -> Tensor:
+    """Hash consecutive 32-bit counters: two keyed rounds, since one key alone would only shift the counter."""
+    state = torch.arange(low, low + lanes, dtype=torch.int64, device=device)
+    scratch = torch.empty_like(state)
+    for word in key:
+        state.add_(word).bitwise_and_(_LOW_32)
+        for shift, multiplier in zip((16, 15), _MULTIPLIERS, strict=True):
+            state.bitwise_xor_(torch.bitwise_right_shift(state, shift, out=scratch))
+            state.mul_(multiplier).bitwise_and_(_LOW_32)
+        state.bitwise_xor_(torch.bitwise_right_shift(state, 16, out=scratch))
+    return state

@@ -1,0 +1,103 @@
+"""Exactly the k largest magnitudes, without a sort and without a copy of the tensor.
+
+The idea: the bit pattern of a non-negative float32 orders like its value, so two histograms (its upper 15 bits, then
+the lower 16 within the bucket that holds the k-th largest) give the exact threshold. Equal magnitudes go to the lower
+index. Cost: two passes over the values, a third when magnitudes tie at the threshold (as differences of bfloat16 do).
+What this module does not know: what the values are; they come as a stream, from one tensor or from a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LOW_BITS = 16
+_BUCKETS_HIGH = 1 << 15  # the sign bit of a magnitude is 0
+_BUCKETS_LOW = 1 << _LOW_BITS
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """The border between kept and dropped: larger magnitudes stay, equal ones stay up to an index.
+
+    Attributes:
+        magnitude_bits: bit pattern of the threshold magnitude (float32).
+        last_tied: index of the last element of exactly that magnitude that is kept.
+    """
+
+    magnitude_bits: int
+    last_tied: int
+
+
+def kept_count(density: float, numel: int) -> int:
+    """Return k = ⌊density·n⌋, but at least 1 while there is something to keep.
+
+    Example:
+        >>> kept_count(0.2, 12), kept_count(0.01, 12), kept_count(0.0, 12)
+        (2, 1, 0)
+    """
+    return max(1, int(density * numel)) if density > 0 and numel else 0
+
+
+def find_cutoff(stream: Callable[[], Iterator[Tensor]], kept: int) -> Cutoff:
+    """Return the cutoff that keeps exactly `kept` of the elements.
+
+    Args:
+        stream: gives the values from the start each time it is called, as 1-d float32 pieces that may be overwritten.
+        kept: at least 1, at most the number of elements.
+    """
+    high = torch.zeros(_BUCKETS_HIGH, dtype=torch.int64)
+    for piece in stream():
+        high += torch.bincount(_bits(piece) >> _LOW_BITS, minlength=_BUCKETS_HIGH).cpu()
+    bucket, above = _bucket_of(high, kept)
+
+    low = torch.zeros(_BUCKETS_LOW, dtype=torch.int64)
+    for piece in stream():
+        bits = _bits(piece)
+        inside = bits[(bits >> _LOW_BITS) == bucket]
+        low += torch.bincount(inside & (_BUCKETS_LOW - 1), minlength=_BUCKETS_LOW).cpu()
+    lower, above_inside = _bucket_of(low, kept - above)
+
+    magnitude_bits = (bucket << _LOW_BITS) | lower
+    tied_kept = kept - above - above_inside
+    if tied_kept == int(low[lower]):
+        return Cutoff(magnitude_bits, int(high.sum()) - 1)
+    return Cutoff(magnitude_bits, _index_of_tie(stream(), magnitude_bits, tied_kept))
+
+
+def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
+    """Return which elements of a 1-d float32 run are kept; `offset` is the index of its first element."""
+    bits = _bits(values)
+    border = min(max(cutoff.last_tied + 1 - offset, 0), bits.numel())
+    kept = torch.empty(bits.shape, dtype=torch.bool, device=bits.device)
+    torch.ge(bits[:border], cutoff.magnitude_bits, out=kept[:border])
+    torch.gt(bits[border:], cutoff.magnitude_bits, out=kept[border:])
+    return kept
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Magnitudes as int32 bit patterns, which order like the magnitudes (subnormals too)."""
+    return values.view(torch.int32) & 0x7FFFFFFF
+
+
+def _bucket_of(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """Return the bucket of the rank-th largest (from 1) and how many lie in the buckets above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    position = int(torch.searchsorted(from_top, rank))
+    above = int(from_top[position - 1]) if position else 0
+    return histogram.numel() - 1 - position, above
+
+
+def _index_of_tie(pieces: Iterator[Tensor], magnitude_bits: int, tie: int) -> int:
+    """Return the index of the tie-th element (from 1) of exactly that magnitude."""
+    start = 0
+    for piece in pieces:
+        positions = torch.nonzero(_bits(piece) == magnitude_bits).view(-1)
+        if tie <= positions.numel():
+            return start + int(positions[tie - 1])
+        tie -= positions.numel()
+        start += piece.numel()
+    raise AssertionError("the stream changed between two readings")

@@ -1,0 +1,226 @@
+"""TIES: trim each task vector, elect a sign per element, merge only what agrees with it.
+
+The idea: small changes are noise, and changes of opposite sign cancel each other; both are removed before averaging.
+The trimming threshold is the one thing about the whole tensor that the elements need. With one task vector there is
+nothing to elect, and TIES is task arithmetic on the trimmed task vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dapt_merge.errors import InputError
+from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.pieces import Operands
+from dapt_merge.methods.registry import method
+from dapt_merge.methods.selection import Cutoff, find_cutoff, kept_count, kept_mask
+from dapt_merge.methods.task_arithmetic import LAMBDA, WEIGHT, cancelled_weight, input_copied, zeroed
+
+DENSITY = Parameter("density", 1.0, "share of the elements of each task vector that is kept", True, low=0, high=1)
+NORMALIZE = Parameter(
+    "normalize",
+    "auto",
+    "divide each element by the sum of the weights that agree on it; auto: with two or more task vectors",
+    choices=("auto", True, False),
+)
+ELECT = Parameter(
+    "elect",
+    "weighted",
+    "whose sum decides the sign: weighted (Σwδ), unweighted (Σδ, the paper's) or count (Σ sign wδ)",
+    choices=("weighted", "unweighted", "count"),
+)
+TRIM_SCOPE = Parameter(
+    "trim_scope",
+    "tensor",
+    "where the density is counted: in each tensor, or over the whole model (the paper's)",
+    choices=("tensor", "model"),
+)
+
+
+def normalizes(normalize: str | bool, count: int) -> bool:
+    """Resolve `auto`: with one task vector, dividing by the weight would cancel it."""
+    return count > 1 if normalize == "auto" else bool(normalize)
+
+
+def taking_part(weight: Sequence[float], density: Sequence[float]) -> list[int]:
+    """Return the positions of the models that have a vote: those whose weight and density are not 0."""
+    return [position for position in range(len(weight)) if weight[position] != 0 and density[position] > 0]
+
+
+def elected_copy(values: Values, count: int, base_given: bool) -> Source | None:
+    """Return the input that a merge by elected signs is: the base, one model, or neither."""
+    voters = taking_part(values["weight"], values["density"])
+    if not voters or values["lambda"] == 0:
+        return "base"
+    if len(voters) > 1 or values["density"][voters[0]] < 1:
+        return None
+    factor = 1.0 if normalizes(values["normalize"], count) else values["weight"][voters[0]]
+    return voters[0] if input_copied([values["lambda"] * factor]) == 0 else None
+
+
+def elected_dead_knobs(values: Values, count: int) -> list[str]:
+    """Explain the knobs that can have no effect on a merge by elected signs."""
+    weight, density = values["weight"], values["density"]
+    voters = taking_part(weight, density)
+    dead = zeroed(weight, values["lambda"])
+    if dead:
+        return dead
+    if not voters:
+        return ["density: every density is 0, which gives the base, whatever the other parameters are"]
+    if len(voters) == 1:
+        dead += cancelled_weight([weight[voters[0]]], normalizes(values["normalize"], count))
+        if values["elect"] != ELECT.default:
+            dead.append("elect: a single task vector agrees with itself, however the sign is elected")
+    return dead
+
+
+def merge_elected(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    elect: str,
+    normalize: bool,
+    lambda_: float,
+) -> Tensor:
+    """Return θ₀ + λ·m, where m per element sums wᵢδᵢ over those i whose vote has the elected sign.
+
+    The elected sign is that of the sum of the votes, 0 counting as positive: wᵢδᵢ (`weighted`), δᵢ (`unweighted`) or
+    sign(wᵢδᵢ) (`count`). `normalize` divides by the sum of the agreeing weights (unless that is 0). Elements that are 0
+    never agree. Sums are in float32 in the order of the models, so that votes that cancel up to rounding can elect
+    either sign.
+
+    Args:
+        base: float32.
+        deltas: task vectors after trimming, shaped like the base; they are overwritten.
+        weights: one per task vector, none 0.
+        elect: see above.
+        normalize: see above.
+        lambda_: scale of the merged task vector.
+    """
+    if len(deltas) == 1:
+        return deltas[0].mul_(lambda_ if normalize else lambda_ * weights[0]).add_(base)
+    signs = [1.0 if elect == "unweighted" or weight > 0 else -1.0 for weight in weights]
+    elected = _elected_sign(deltas, weights, elect)
+    merged = torch.zeros_like(base)
+    divisor = torch.zeros_like(base) if normalize else None
+    for delta, weight, sign in zip(deltas, weights, signs, strict=True):
+        # |δ| where the vote agrees with the elected sign, 0 elsewhere
+        agreeing = delta.mul_(elected).mul_(sign).clamp_min_(0)
+        if divisor is not None:
+            divisor.add_((agreeing > 0).to(torch.float32).mul_(weight))
+        merged.add_(agreeing.mul_(weight * sign))
+    merged.mul_(elected)
+    if divisor is not None:
+        merged.div_(divisor.masked_fill_(divisor == 0, 1.0))
+    return merged.mul_(lambda_).add_(base)
+
+
+def _elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], elect: str) -> Tensor:
+    votes = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        if elect == "unweighted":
+            votes.add_(delta)
+        elif elect == "weighted":
+            votes.add_(delta * weight)
+        else:
+            votes.add_(torch.sign(delta).mul_(1.0 if weight > 0 else -1.0))
+    return votes.ge_(0).mul_(2).sub_(1)
+
+
+def model_cutoffs(tensors: Sequence[Operands], density: Sequence[float]) -> list[tuple[Cutoff | None, ...]]:
+    """Return, for `trim_scope: model`, what `TensorContext.cutoffs` of each tensor must hold.
+
+    Args:
+        tensors: every float tensor of the model, in a fixed order (equal magnitudes go to the earlier one).
+        density: one per model; density 1 needs no cutoff.
+    """
+    sizes = [operands.numel for operands in tensors]
+    columns: list[list[Cutoff | None]] = []
+    for position, share in enumerate(density):
+        kept = kept_count(share, sum(sizes))
+        if share >= 1 or not kept:
+            columns.append([None] * len(tensors))
+            continue
+        whole = find_cutoff(partial(_every_delta, tensors, position), kept)
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        columns.append([Cutoff(whole.magnitude_bits, whole.last_tied - start) for start in starts])
+    return [tuple(row) for row in zip(*columns, strict=True)]
+
+
+def _every_delta(tensors: Iterable[Operands], position: int) -> Iterator[Tensor]:
+    return chain.from_iterable(operands.deltas(position) for operands in tensors)
+
+
+def _cutoffs(operands: Operands, values: Values, context: TensorContext) -> tuple[Cutoff | None, ...]:
+    if values["trim_scope"] == "model" and any(density < 1 for density in values["density"]):
+        if context.cutoffs is None:
+            raise InputError(
+                "trim_scope: model needs thresholds of the whole model, which this merge does not have",
+                where=f"tensor {context.name}",
+                remedy="Use trim_scope: tensor.",
+            )
+        return context.cutoffs
+    voters = taking_part(values["weight"], values["density"])
+    return tuple(
+        find_cutoff(partial(operands.deltas, position), kept_count(density, operands.numel))
+        if position in voters and density < 1
+        else None
+        for position, density in enumerate(values["density"])
+    )
+
+
+def _dead_knobs(values: Values, count: int) -> list[str]:
+    dead = elected_dead_knobs(values, count)
+    if values["trim_scope"] != TRIM_SCOPE.default and all(density in (0, 1) for density in values["density"]):
+        dead.append("trim_scope: density 1 trims nothing, in a tensor or in the whole model")
+    return dead
+
+
+@method(
+    "ties",
+    parameters=(WEIGHT, DENSITY, LAMBDA, NORMALIZE, ELECT, TRIM_SCOPE),
+    reference="arXiv:2306.01708",
+    elementwise=True,
+    dead_knobs=_dead_knobs,
+    measure=_cutoffs,
+    copy_of=elected_copy,
+)
+def ties(
+    base: Tensor,
+    models: Sequence[Tensor],
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    lambda_: float,
+    normalize: str | bool,
+    elect: str,
+    trim_scope: str,
+    measured: tuple[Cutoff | None, ...],
+    context: TensorContext,
+) -> Tensor:
+    """Trim, elect, merge: keep the ⌊density·n⌋ largest elements of each δᵢ, then `merge_elected`.
+
+    Equal magnitudes go to the lower index. A model of weight or density 0 has no vote. One task vector: the trimmed δ
+    times its weight; n: the (weighted) mean of those that agree. The paper: `elect: unweighted`, `trim_scope: model`,
+    equal weights, one density for all.
+    """
+    voters = taking_part(weight, density)
+    deltas = []
+    for position in voters:
+        delta = torch.sub(models[position], base)
+        cutoff = measured[position]
+        deltas.append(delta if cutoff is None else delta.mul_(kept_mask(delta, cutoff, context.offset)))
+    return merge_elected(
+        base,
+        deltas,
+        [weight[position] for position in voters],
+        elect=elect,
+        normalize=normalizes(normalize, len(models)),
+        lambda_=lambda_,
+    )
