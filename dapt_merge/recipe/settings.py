@@ -132,7 +132,8 @@ def _as_meant(raw: Scalar, parameter: Parameter) -> Scalar:
             return float(raw)  # YAML reads 1e-3, without a decimal point, as a word
         except ValueError:
             return raw
-    if parameter.kind == "flag" and not isinstance(raw, bool | str) and raw in (0, 1):
+    takes_flags = parameter.kind == "flag" or any(isinstance(choice, bool) for choice in parameter.choices)
+    if takes_flags and not isinstance(raw, bool | str) and raw in (0, 1):
         return bool(raw)
     return raw
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dapt_merge.errors import InputError
 from dapt_merge.recipe import Recipe, load_recipe
@@ -178,7 +180,50 @@ class TestKeys:
     def test_flags_may_be_written_as_numbers_but_not_as_words(self, file):
         text = "merge_method: linear\nmodels: [{model: d}, {model: e}]\nparameters: {weight: 1, normalize: %s}\n"
         assert load_recipe(file(text % "1.0")).clauses["normalize"][0][0].anchors == (True,)
+        ties = "merge_method: ties\nbase_model: b\nmodels: [{model: d}]\nparameters: {weight: 1, normalize: 0}\n"
+        assert load_recipe(file(ties)).clauses["normalize"][0][0].anchors == (False,)
         assert "expected true or false" in told(file(text % "sometimes")).what
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["model", "parameters", "filter", "value", "weight", "t", "x"]) | st.integers(0, 2),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+FAULTY = st.fixed_dictionaries(
+    {},
+    optional={
+        "merge_method": st.sampled_from(["slerp", "ties", "linear"]) | JUNK,
+        "base_model": st.just("b") | JUNK,
+        "models": st.just([{"model": "d"}]) | JUNK,
+        "parameters": st.dictionaries(st.sampled_from(["t", "weight", "normalize"]), JUNK, max_size=2) | JUNK,
+        "dtype": JUNK,
+        "seed": JUNK,
+        "unknown": JUNK,
+    },
+)
+OVERRIDES = st.lists(st.sampled_from(["t=1", "models.0=x", "models.0.parameters.t.0=1", "parameters=3", "seed.a.b=1"]))
+
+
+class TestAnything:
+    @settings(max_examples=300, deadline=None)
+    @given(content=FAULTY, overrides=OVERRIDES)
+    def test_whatever_a_recipe_holds_it_is_read_or_told_in_three_parts(self, content, overrides):
+        try:
+            recipe = load_recipe(content, overrides)
+        except InputError as error:
+            told_in_three_parts = bool(error.what and error.where and error.remedy)
+        else:
+            assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+            return
+        assert told_in_three_parts
 
 
 class TestRoundTrip:
