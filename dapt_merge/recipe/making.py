@@ -76,7 +76,8 @@ def _named_as_declared(parameters: Mapping[str, Any], method: Method) -> dict[st
 
 
 def _one_each(name: str, value: Any, dapt: Sequence[str]) -> list[Any]:
-    values = list(value) if isinstance(value, list | tuple) else [value] * len(dapt)
+    is_list = isinstance(value, list | tuple) and not any(isinstance(entry, Mapping) for entry in value)
+    values = list(value) if is_list else [value] * len(dapt)  # a list of filters is one setting, for all of them
     if len(values) != len(dapt):
         raise InputError(
             f"{name} has {len(values)} values for {len(dapt)} DAPT checkpoint(s)",

@@ -30,6 +30,13 @@ def test_one_weight_holds_for_all_and_a_list_gives_one_each():
         make_recipe("b", ["d", "e"], "ties", weight=[1, 2, 3])
 
 
+def test_a_list_of_filters_is_one_setting_for_all():
+    filters = [{"filter": "mlp", "value": 0.2}, {"value": 0.7}]
+    recipe = make_recipe("b", ["d", "e"], "ties", weight=filters)
+    assert values(recipe)["weight"] == (0.2, 0.2)
+    assert resolve(recipe, "lm_head.weight", None, 2).values["weight"] == (0.7, 0.7)
+
+
 def test_linear_is_the_line_from_the_base_without_a_warning():
     recipe = make_recipe("b", ["d"], "linear", weight=0.3)
     assert (recipe.merge_base(), values(recipe)["weight"]) == ("b", (0.3,))
