@@ -1,0 +1,158 @@
+"""`dapt-merge merge`: a recipe, or a few flags, to a merged checkpoint on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dapt_merge.merging.report import MergeReport
+    from dapt_merge.recipe import Recipe
+
+
+def merge(
+    arguments: list[str] = typer.Argument(
+        None,
+        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        help="A recipe file, then overrides such as t=0.3.",
+        show_default=False,
+    ),
+    out: Path = typer.Option(..., "--out", "-o", help="The folder to write the merged model to.", show_default=False),
+    base: str = typer.Option(None, help="Instead of a recipe: the base model (folder or hub id)."),
+    dapt: list[str] = typer.Option(None, help="With --base: a DAPT checkpoint; repeat for more.", show_default=False),
+    method: str = typer.Option(None, help="With --base: linear, slerp, ties, …"),
+    weight: list[float] = typer.Option(
+        None,
+        help="With --base: the weight of the DAPT checkpoint (t for slerp); repeat to give one each.",
+        show_default=False,
+    ),
+    density: list[float] = typer.Option(
+        None,
+        help="With --base: the share of each difference that is kept; repeat to give one each.",
+        show_default=False,
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
+    threads: int = typer.Option(None, min=1, help="Tensors merged at once. [default: the number of cores]"),
+    as_json: bool = typer.Option(False, "--json", help="Print the merge report as JSON on stdout."),
+) -> None:
+    """Merge a base model and its DAPT checkpoints into an ordinary checkpoint.
+
+    dapt-merge merge RECIPE.yaml -o OUT t=0.3
+
+    dapt-merge merge --base BASE --dapt DAPT --method ties --weight 0.6 --density 0.3 -o OUT lambda=0.9
+    """
+    from dapt_merge.atomic import refuse_existing
+    from dapt_merge.cli.console import console, output, print_json, progress
+
+    recipe = _recipe(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
+    refuse_existing(out, overwrite)
+
+    from dapt_merge.merging import merge_to_disk, plan_merge
+
+    plan = plan_merge(recipe)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {_escaped(warning)}", soft_wrap=True)
+    with progress("merging", "elements") as on_progress:
+        report = merge_to_disk(plan, out, overwrite=overwrite, threads=threads, on_progress=on_progress)
+    for warning in report.warnings[len(plan.warnings) :]:  # what only the finished merge can tell
+        console.print(f"[yellow]warning:[/] {_escaped(warning)}", soft_wrap=True)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        for line in _summary(report, out):
+            output.print(_escaped(line), soft_wrap=True)
+
+
+def _recipe(
+    arguments: list[str], base: str | None, dapt: list[str], method: str | None, flags: dict[str, Any]
+) -> Recipe:
+    """Read the recipe file, or make the recipe that the flags describe; one of the two, never a mixture."""
+    from dapt_merge.errors import InputError
+
+    files = [argument for argument in arguments if _is_file_name(argument)]
+    overrides = [argument for argument in arguments if not _is_file_name(argument)]
+    remedy = "Give RECIPE.yaml, or --base, --dapt and --method; see dapt-merge merge --help."
+    given = {name: value for name, value in flags.items() if value}
+    if files:
+        used = [f"--{name}" for name, value in {"base": base, "dapt": dapt, "method": method, **given}.items() if value]
+        if len(files) > 1:
+            raise InputError(f"more than one recipe was given: {', '.join(files)}", where="arguments", remedy=remedy)
+        if used:
+            raise InputError(
+                f"{', '.join(used)} cannot be combined with a recipe file",
+                where="arguments",
+                remedy="Override the recipe with key=value instead, for example weight=0.6 or merge_method=ties.",
+            )
+        from dapt_merge.recipe import load_recipe
+
+        return load_recipe(files[0], overrides)
+    missing = [f"--{name}" for name, value in {"base": base, "dapt": dapt, "method": method}.items() if not value]
+    if missing:
+        what = "no recipe was given" if len(missing) == 3 else f"{', '.join(missing)} missing"
+        raise InputError(what, where="arguments", remedy=remedy)
+    from dapt_merge.recipe import make_recipe
+
+    assert base is not None
+    assert method is not None
+    return make_recipe(base, dapt, method, **_merged(given, overrides))
+
+
+def _merged(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Join --weight, --density and key=value into the parameters of `make_recipe`."""
+    from dapt_merge.errors import InputError
+    from dapt_merge.recipe.reading import parse_override
+
+    parameters = {name: value[0] if len(value) == 1 else value for name, value in given.items()}
+    dotted = []
+    for text in overrides:
+        name, value = parse_override(text)
+        if "." in name:
+            dotted.append(text)
+            continue
+        if name in ("base", "dapt", "method", "overrides"):
+            raise InputError(f"'{name}' is no parameter", where="arguments", remedy=f"Give --{name} VALUE instead.")
+        if name in parameters:
+            raise InputError(
+                f"'{name}' is given twice", where="arguments", remedy=f"Give --{name} or {name}=…, not both."
+            )
+        parameters[name] = value
+    return {**parameters, "overrides": dotted}
+
+
+def _is_file_name(argument: str) -> bool:
+    return "=" not in argument or Path(argument).is_file()
+
+
+def _summary(report: MergeReport, out: Path) -> list[str]:
+    """Say in a few lines what was written, what was not as asked for, and what it cost."""
+    lines = [f"{out}: {report.tensors:,} tensors, {_gigabytes(report.bytes_written)}"]
+    if report.fallbacks:
+        lines.append(f"fallbacks: {report.fallbacks:,} of {report.tensors:,} tensors ({_kinds_of_fallback(report)})")
+    if report.lost_share is not None:
+        lines.append(f"rounding: {report.lost_share:.1%} of {report.updated_elements:,} updated elements fell back")
+    moved = report.bytes_read + report.bytes_written
+    speed = moved / max(report.seconds, 1e-9)
+    lines.append(
+        f"read {_gigabytes(report.bytes_read)}, wrote {_gigabytes(report.bytes_written)}"
+        f" in {report.seconds:.1f} s ({_gigabytes(speed)}/s)"
+    )
+    lines.append(f"recipe and report: {out / 'recipe.yaml'}, {out / 'merge_report.json'}")
+    return lines
+
+
+def _kinds_of_fallback(report: MergeReport) -> str:
+    """Name what the method did instead, without the numbers that differ from tensor to tensor."""
+    fallbacks = [str(notes["fallback"]) for notes in report.notes.values() if "fallback" in notes]
+    return ", ".join(sorted({text.split(":")[0] for text in fallbacks}))
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
