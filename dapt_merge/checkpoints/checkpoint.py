@@ -7,6 +7,7 @@ tensors come from (`opening`) and what is done with them (`merging`) this module
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,16 @@ class Checkpoint:
                 remedy="Use a name that the checkpoint holds.",
             )
         return self._reader(name)
+
+    def read_stored(self, name: str) -> Tensor:
+        """Return what is stored under exactly this name: of a tied head, its own copy where there is one."""
+        return self._reader(name)
+
+    def with_config(self, config: dict[str, Any]) -> Checkpoint:
+        """Return the same tensors with another configuration."""
+        changed = copy.copy(self)
+        changed.config = config
+        return changed
 
     def digest(self, name: str) -> bytes:
         """Return the 128-bit hash of a tensor's bytes. For files it is remembered; tensors in memory may change."""

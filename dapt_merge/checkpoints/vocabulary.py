@@ -21,14 +21,17 @@ def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
     """Raise unless the two tokenizers map the same tokens to the same ids.
 
     Returns:
-        None when they were compared and agree; a sentence for the report when they could not be compared.
+        None when they agree, or when neither has a tokenizer; a sentence for the report when they cannot be compared.
 
     Raises:
         InputError: a token differs; it is named with both ids.
     """
     if first.folder is None or second.folder is None or first.folder == second.folder:
         return None
-    shared = [n for n in _VOCABULARY_FILES if (first.folder / n).is_file() and (second.folder / n).is_file()]
+    of_first, of_second = _files(first.folder), _files(second.folder)
+    shared = [name for name in of_first if name in of_second]
+    if not of_first and not of_second:
+        return None
     if not shared:
         return f"the vocabularies of {first.label} and {second.label} were not compared: no tokenizer file in common"
     name = shared[0]
@@ -51,6 +54,10 @@ def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
             f"id {ids.get(token, 'none')} in {first.label}, {other_ids.get(token, 'none')} in {second.label}",
         )
     return None
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in _VOCABULARY_FILES if (folder / name).is_file()]
 
 
 def _different(first: Checkpoint, second: Checkpoint, detail: str) -> InputError:

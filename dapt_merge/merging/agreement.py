@@ -1,0 +1,163 @@
+"""Do these checkpoints belong to one merge, and which tensors does it have?
+
+Averaging two models that differ in more than their weights gives numbers and no sense; here such inputs are refused,
+with both values named. A head that one checkpoint ties to its embedding, another stores as a copy of it, is reconciled.
+What this module does not know: recipes and methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint, config_value
+from dapt_merge.checkpoints.groups import embedding_and_head
+from dapt_merge.checkpoints.vocabulary import check_same_vocabulary
+from dapt_merge.errors import InputError, nearest
+
+# (name in messages, the keys that model families use for it)
+_MUST_AGREE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model_type", ("model_type",)),
+    ("vocab_size", ("vocab_size",)),
+    ("hidden_size", ("hidden_size", "n_embd", "d_model")),
+    ("num_hidden_layers", ("num_hidden_layers", "n_layer", "num_layers")),
+    ("num_attention_heads", ("num_attention_heads", "n_head", "num_heads")),
+    ("num_key_value_heads", ("num_key_value_heads", "num_kv_heads")),
+    ("head_dim", ("head_dim",)),
+    ("intermediate_size", ("intermediate_size", "n_inner", "ffn_dim")),
+    ("hidden_act", ("hidden_act", "activation_function", "hidden_activation")),
+)
+# Position tables that old files store and new ones recompute: they carry no training.
+_RECOMPUTED = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The tensors that all inputs share, in natural order, and what the report has to say about the others.
+
+    `tied_head` is a head that only some inputs store, as a copy of the embedding: the merge ties it.
+    """
+
+    names: tuple[str, ...]
+    warnings: tuple[str, ...]
+    tied_head: str | None = None
+
+
+def agree(checkpoints: Sequence[Checkpoint]) -> Agreement:
+    """Check that the checkpoints can be merged; the first is the one that the others are held against.
+
+    Raises:
+        InputError: configurations, vocabularies, tensor names or shapes differ; both values are named.
+    """
+    first, others = checkpoints[0], checkpoints[1:]
+    warnings: list[str] = []
+    for other in others:
+        _check_configs(first, other)
+        warning = check_same_vocabulary(first, other)
+        if warning is not None:
+            warnings.append(warning)
+    tied_head, tie_warnings = _tied_head(checkpoints)
+    warnings += tie_warnings
+    recomputed = _stored_by_some(checkpoints)
+    if recomputed:
+        warnings.append(f"{len(recomputed)} position tables ({recomputed[0]}, …) are not stored by all and left out")
+    ignored = {*recomputed, *([tied_head] if tied_head else [])}
+    names = tuple(name for name in first.tensors if name not in ignored)
+    for other in others:
+        _check_tensors(first, other, ignored)
+    return Agreement(names, tuple(warnings), tied_head)
+
+
+def _check_configs(first: Checkpoint, other: Checkpoint) -> None:
+    pairs = [(key, config_value(first.config, *k), config_value(other.config, *k)) for key, k in _MUST_AGREE]
+    rope, other_rope = _rope(first.config), _rope(other.config)
+    if rope and other_rope:
+        pairs += [(key, rope.get(key), other_rope.get(key)) for key in sorted(rope.keys() | other_rope.keys())]
+    for key, value, other_value in pairs:
+        if value is not None and other_value is not None and value != other_value:
+            raise InputError(
+                f"{key} is {value} in {first.label} and {other_value} in {other.label}",
+                where=f"config.json of {other.label}",
+                remedy="Merge checkpoints of one model: the base, and what was trained from it.",
+            )
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings, whichever of the two layouts of config.json states them."""
+    stated: dict[str, Any] = {"rope_type": "default"}
+    theta = config_value(config, "rope_theta")
+    if theta is not None:
+        stated["rope_theta"] = float(theta)
+    for key in ("rope_scaling", "rope_parameters"):
+        block = config_value(config, key)
+        if isinstance(block, Mapping):
+            stated |= {("rope_type" if k == "type" else k): v for k, v in block.items() if v is not None}
+    return stated if len(stated) > 1 else {}
+
+
+def _tied_head(checkpoints: Sequence[Checkpoint]) -> tuple[str | None, list[str]]:
+    """Return the head that some store as a copy and others tie, after looking at the bytes of the stored ones."""
+    pairs = [(checkpoint, *embedding_and_head(checkpoint.tensors)) for checkpoint in checkpoints]
+    for checkpoint in checkpoints:
+        for head, embedding in checkpoint.aliases.items():
+            if not _same_bytes(checkpoint, head, embedding):
+                raise _tie_contradicted(checkpoint, head, embedding)
+    stored = [(checkpoint, embedding, head) for checkpoint, embedding, head in pairs if embedding and head]
+    if not stored or len(stored) == len(checkpoints):
+        return None, []
+    copies = [checkpoint for checkpoint, embedding, head in stored if _same_bytes(checkpoint, head, embedding)]
+    if len(copies) == len(stored):
+        head, labels = stored[0][2], ", ".join(checkpoint.label for checkpoint in copies)
+        return head, [f"{head} is a copy of the embedding in {labels} and tied in the others; it is merged as tied"]
+    untied = next(checkpoint for checkpoint, _, _ in stored if checkpoint not in copies)
+    tied = next(checkpoint for checkpoint, _, head in pairs if not head)
+    raise InputError(
+        f"tie_word_embeddings is true in {tied.label} and false in {untied.label}, whose head is not its embedding",
+        where=untied.label,
+        remedy="Merge checkpoints that agree on it; or first save the tied one with a head of its own.",
+    )
+
+
+def _tie_contradicted(checkpoint: Checkpoint, head: str, embedding: str) -> InputError:
+    return InputError(
+        f"config.json says that {head} is tied to {embedding}, but the stored tensors differ",
+        where=checkpoint.label,
+        remedy="Set tie_word_embeddings to false there if the head was trained on its own, or save the model again.",
+    )
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    first, second = checkpoint.read_stored(one), checkpoint.read_stored(other)
+    if first.data_ptr() == second.data_ptr():
+        return True
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _stored_by_some(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    tables: list[set[str]] = [{name for name in c.tensors if name.endswith(_RECOMPUTED)} for c in checkpoints]
+    return sorted(tables[0].union(*tables) - tables[0].intersection(*tables))
+
+
+def _check_tensors(first: Checkpoint, other: Checkpoint, ignored: set[str]) -> None:
+    for one, two in ((first, other), (other, first)):
+        missing = [name for name in one.tensors if name not in two.tensors and name not in ignored]
+        if missing:
+            raise InputError(
+                f"{len(missing)} tensors of {one.label} are not in {two.label}, the first is '{missing[0]}'."
+                f"{nearest(missing[0], tuple(two.tensors))}",
+                where=two.label,
+                remedy="Merge checkpoints of one architecture, saved from the same model class.",
+            )
+    for name, info in first.tensors.items():
+        found = other.tensors.get(name)
+        if found is None or name in ignored:
+            continue
+        if found.shape != info.shape or found.dtype.is_floating_point != info.dtype.is_floating_point:
+            raise InputError(
+                f"'{name}' is {info.dtype} {info.shape} in {first.label}, {found.dtype} {found.shape} in {other.label}",
+                where=other.label,
+                remedy="Merge checkpoints of one architecture and one vocabulary.",
+            )

@@ -1,0 +1,142 @@
+"""What a merge will do, settled before any weight is read: inputs, tensors, parameters, output dtypes.
+
+A plan costs headers and config files. Everything that can be refused is refused here. How tensors are computed and
+where they go, this module does not know.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.dtypes import parse_dtype
+from dapt_merge.checkpoints.groups import tensor_group
+from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.errors import InputError
+from dapt_merge.merging.agreement import Agreement, agree
+from dapt_merge.methods.selection import Cutoff
+from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resolve
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One tensor to merge: from which checkpoints, with which parameters, into which dtype.
+
+    `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `cutoffs` are
+    the thresholds of a method that trims over the whole model (see `trimming`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    base: str | None
+    models: tuple[str, ...]
+    parameters: ResolvedParameters
+    cutoffs: tuple[Cutoff | None, ...] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it is written in."""
+        return self.out_dtype
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the output."""
+        return self.elements * self.out_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge ready to run; see `plan_merge`."""
+
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    jobs: tuple[TensorJob, ...]
+    warnings: tuple[str, ...]
+    config_from: Checkpoint
+
+    def read(self, label: str, name: str) -> Tensor:
+        """Return a stored tensor of one of the checkpoints."""
+        return self.checkpoints[label].read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the merged tensors."""
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def main_dtype(self) -> torch.dtype | None:
+        """The floating dtype that most of the output is in: what its config.json states."""
+        sizes: dict[torch.dtype, int] = {}
+        for job in self.jobs:
+            if job.out_dtype.is_floating_point:
+                sizes[job.out_dtype] = sizes.get(job.out_dtype, 0) + job.elements
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+
+def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = None) -> MergePlan:
+    """Open what the recipe names, check that it belongs together, and settle every tensor.
+
+    Args:
+        recipe: a checked recipe.
+        checkpoints: reference → open checkpoint; references that are missing here are opened.
+
+    Raises:
+        InputError: a checkpoint cannot be opened, or the inputs do not belong together.
+
+    Example:
+        >>> from dapt_merge.recipe import make_recipe
+        >>> ones = open_checkpoint({"w": torch.ones(2)}, "b")
+        >>> twos = open_checkpoint({"w": 2 * torch.ones(2)}, "d")
+        >>> plan = plan_merge(make_recipe("b", ["d"], "linear", weight=0.5), {"b": ones, "d": twos})
+        >>> [job.name for job in plan.jobs]
+        ['w']
+    """
+    opened = open_inputs(recipe, checkpoints or {})
+    return plan_from(recipe, opened, agree(list(opened.values())))
+
+
+def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:
+    """Plan a merge of checkpoints that are known to belong together."""
+    config_from = opened[recipe.references()[0]]
+    base = recipe.merge_base()
+    models = tuple(_spelled_in(opened, model) for model in recipe.task_models())
+    jobs = []
+    for name in agreement.names:
+        info = config_from.tensors[name]
+        out_dtype = info.dtype
+        if info.dtype.is_floating_point and recipe.output_dtype is not None:
+            out_dtype = parse_dtype(recipe.output_dtype)
+        parameters = resolve(recipe, name, tensor_group(name).layer, config_from.num_layers)
+        jobs.append(TensorJob(name, info.shape, out_dtype, base, models, parameters))
+    warnings = (*recipe_warnings(recipe), *agreement.warnings)
+    if agreement.tied_head and config_from.config:
+        config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
+    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from)
+
+
+def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Return reference → checkpoint for every reference of the recipe, in its order, opening those not given."""
+    by_path = {os.path.normpath(reference): checkpoint for reference, checkpoint in given.items()}
+    opened: dict[str, Checkpoint] = {}
+    for reference in recipe.references():
+        known = by_path.get(os.path.normpath(reference))
+        opened[reference] = known if known is not None else open_checkpoint(reference)
+        if not opened[reference].tensors:
+            raise InputError("the checkpoint has no tensors", where=reference, remedy="Give a checkpoint with weights.")
+    return opened
+
+
+def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:
+    return next(key for key in opened if os.path.normpath(key) == os.path.normpath(reference))

@@ -1,0 +1,126 @@
+"""What a merge did, kept beside its result: inputs by content, fallbacks, rounding, warnings, cost, versions.
+
+The report is plain data; it decides nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.merging.tensor import MergedTensor, RoundingLoss
+from dapt_merge.recipe import recipe_fingerprint
+
+# Above this share the update that is written is visibly not the one that was asked for.
+_LOSS_WORTH_A_WARNING = 0.05
+
+
+@dataclass(frozen=True)
+class TensorOutcome:
+    """What is kept of one merged tensor once its values are written; `digest` is of the output's bytes."""
+
+    job: TensorJob
+    notes: Mapping[str, object]
+    rounding: RoundingLoss | None
+    digest: bytes | None = None
+
+    @classmethod
+    def of(cls, job: TensorJob, merged: MergedTensor, digest: bytes | None = None) -> TensorOutcome:
+        """Keep everything but the values."""
+        return cls(job, dict(merged.notes), merged.rounding, digest)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The account of one merge.
+
+    Attributes:
+        recipe: the recipe as YAML.
+        fingerprint: of recipe and inputs: equal fingerprints give equal weights.
+        inputs: reference → content fingerprint.
+        output: content fingerprint of the merged tensors; None when they went into a live model.
+        tensors: how many were merged.
+        fallbacks: how many of them a method merged in another way than its own (SLERP of near-parallel tensors).
+        notes: tensor → what its method noted, for the tensors where it noted something.
+        updated_elements, lost_elements: elements that the merge moved in float32, and those that rounding to the
+            output dtype moved back; None when no tensor was rounded.
+        lost_share: lost per updated element, or None.
+        warnings: sentences for the user.
+        bytes_read, bytes_written: sizes of the tensors read and produced.
+        seconds: wall time.
+        versions: package → version.
+    """
+
+    recipe: str
+    fingerprint: str
+    inputs: dict[str, str]
+    output: str | None
+    tensors: int
+    fallbacks: int
+    notes: dict[str, dict[str, object]]
+    updated_elements: int | None
+    lost_elements: int | None
+    lost_share: float | None
+    warnings: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+
+def build_report(
+    plan: MergePlan, outcomes: Sequence[TensorOutcome], *, output: str | None, inputs: dict[str, str], seconds: float
+) -> MergeReport:
+    """Sum up the outcomes of a plan's jobs."""
+    measured = [outcome.rounding for outcome in outcomes if outcome.rounding is not None]
+    loss = sum(measured, RoundingLoss())
+    return MergeReport(
+        recipe=plan.recipe.to_yaml(),
+        fingerprint=recipe_fingerprint(plan.recipe, inputs),
+        inputs=inputs,
+        output=output,
+        tensors=len(outcomes),
+        fallbacks=sum("fallback" in outcome.notes for outcome in outcomes),
+        notes={outcome.job.name: dict(outcome.notes) for outcome in outcomes if outcome.notes},
+        updated_elements=loss.updated if measured else None,
+        lost_elements=loss.lost if measured else None,
+        lost_share=loss.share if measured else None,
+        warnings=(*plan.warnings, *_rounding_warnings(loss)),
+        bytes_read=sum(_bytes_read(plan, outcome.job) for outcome in outcomes),
+        bytes_written=sum(outcome.job.nbytes for outcome in outcomes),
+        seconds=seconds,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes and writes a merge."""
+    found = {"python": platform.python_version()}
+    for package in ("dapt-merge", "torch", "safetensors", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
+    sources = [*([job.base] if job.base is not None else []), *job.models]
+    return sum(plan.checkpoints[label].tensors[job.name].nbytes for label in sources)
+
+
+def _rounding_warnings(loss: RoundingLoss) -> list[str]:
+    if loss.share <= _LOSS_WORTH_A_WARNING:
+        return []
+    return [
+        f"rounding to the output dtype lost {loss.share:.0%} of the updated elements (they fell back to the base's"
+        " value); out_dtype: float32 keeps them."
+    ]

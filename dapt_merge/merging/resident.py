@@ -1,0 +1,141 @@
+"""A merge into a live model: the inputs stay mapped, the model's parameters are rewritten in place.
+
+This is what a search does hundreds of times, so nothing is opened, checked or allocated twice. The numbers are those of
+the disk path, bit for bit, for the model's dtype. What the model is used for, this module does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.errors import InputError, nearest
+from dapt_merge.merging.agreement import agree
+from dapt_merge.merging.plan import MergePlan, TensorJob, open_inputs, plan_from
+from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
+from dapt_merge.merging.tensor import merge_tensor
+from dapt_merge.merging.trimming import settle_cutoffs
+from dapt_merge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ResidentMerger:
+    """Holds checkpoints, and turns a live model into any merge of them.
+
+    Args:
+        model: whose parameters are rewritten, each in its own dtype and on its own device; tied ones once.
+        checkpoints: reference → checkpoint, all that recipes will name. They are checked against each other here.
+
+    Raises:
+        InputError: the checkpoints do not belong together, do not fit the model, or share its memory.
+
+    Example:
+        >>> from dapt_merge import make_recipe, open_checkpoint
+        >>> ones, twos = {"weight": torch.ones(1, 2)}, {"weight": 2 * torch.ones(1, 2)}
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> merger = ResidentMerger(model, {"b": open_checkpoint(ones, "b"), "d": open_checkpoint(twos, "d")})
+        >>> _ = merger.apply(make_recipe("b", ["d"], "linear", weight=0.5))
+        >>> model.weight.tolist()
+        [[1.5, 1.5]]
+    """
+
+    def __init__(self, model: PreTrainedModel | torch.nn.Module, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self.checkpoints = dict(checkpoints)
+        self._agreement = agree(list(self.checkpoints.values()))
+        self._live = _live_tensors(model, self._agreement.names)
+        self._fingerprints: dict[str, str] = {}
+        for checkpoint in self.checkpoints.values():
+            _refuse_shared_memory(checkpoint, self._live)
+
+    def apply(self, recipe: Recipe, *, threads: int | None = None, measure_rounding: bool = True) -> MergeReport:
+        """Rewrite the model's parameters with the recipe's merge; its dtype is the model's, whatever the recipe says.
+
+        If this raises, part of the model is already rewritten: apply a recipe again before using it.
+
+        Raises:
+            InputError: the recipe names a checkpoint that this merger does not hold, or an input holds NaN.
+        """
+        started = time.monotonic()
+        plan = settle_cutoffs(self._plan(recipe))
+        outcomes = map_in_threads(
+            lambda job: self._merge_in_place(job, plan, measure_rounding),
+            plan.jobs,
+            size=lambda job: job.elements,
+            threads=threads,
+        )
+        inputs = {
+            reference: self._fingerprint(reference, plan.checkpoints[reference]) for reference in plan.checkpoints
+        }
+        return build_report(plan, outcomes, output=None, inputs=inputs, seconds=time.monotonic() - started)
+
+    def _plan(self, recipe: Recipe) -> MergePlan:
+        held = {os.path.normpath(reference) for reference in self.checkpoints}
+        for reference in recipe.references():
+            if os.path.normpath(reference) not in held:
+                raise InputError(
+                    f"'{reference}' is not loaded.{nearest(reference, tuple(self.checkpoints))}",
+                    where="the recipe",
+                    remedy=f"Use one of: {', '.join(self.checkpoints)}.",
+                )
+        plan = plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
+        jobs = tuple(replace(job, out_dtype=self._live[job.name].dtype) for job in plan.jobs)
+        return replace(plan, jobs=jobs)
+
+    def _merge_in_place(self, job: TensorJob, plan: MergePlan, measure_rounding: bool) -> TensorOutcome:
+        merged = merge_tensor(
+            job,
+            plan.read,
+            plan.recipe.seed,
+            measure_rounding=measure_rounding,
+        )
+        with torch.no_grad():  # the switch is per thread
+            self._live[job.name].copy_(merged.tensor)
+        return TensorOutcome.of(job, merged)
+
+    def _fingerprint(self, reference: str, checkpoint: Checkpoint) -> str:
+        if reference not in self._fingerprints:
+            self._fingerprints[reference] = checkpoint.fingerprint()
+        return self._fingerprints[reference]
+
+
+def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return name → the model's own tensor; every tensor of the model is covered, a tied one under one name."""
+    state = model.state_dict(keep_vars=True)
+    missing = [name for name in names if name not in state]
+    covered = {state[name].data_ptr() for name in names if name in state}
+    extra = [name for name, tensor in state.items() if name not in names and tensor.data_ptr() not in covered]
+    for problem, found in (("not in the model", missing), ("not in the checkpoints", extra)):
+        if found:
+            raise InputError(
+                f"{len(found)} tensors are {problem}, the first is '{found[0]}'",
+                where="the live model",
+                remedy="Build the model from the configuration of the checkpoints.",
+            )
+    return {name: state[name] for name in names}
+
+
+def _refuse_shared_memory(checkpoint: Checkpoint, live: Mapping[str, Tensor]) -> None:
+    for name, tensor in live.items():
+        stored = checkpoint.read(name)
+        if stored.shape != tensor.shape:
+            raise InputError(
+                f"'{name}' is {tuple(stored.shape)} in {checkpoint.label} and {tuple(tensor.shape)} in the live model",
+                where="the live model",
+                remedy="Build the model from the configuration of the checkpoints.",
+            )
+        if stored.numel() and stored.data_ptr() == tensor.data_ptr():
+            raise InputError(
+                "the live model is itself an input: rewriting it would change what is merged",
+                where=checkpoint.label,
+                remedy="Give the checkpoint by its path, or a copy of the model.",
+            )

@@ -1,0 +1,99 @@
+"""A merge from disk to disk: every tensor is mapped, merged, written to its place and forgotten.
+
+Memory holds the tensors in flight and nothing else, so the size of the model does not matter. The output appears under
+its name only when it is complete, and carries its recipe and its report. The mathematics is in `tensor`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dapt_merge.atomic import atomic_folder, refuse_existing
+from dapt_merge.checkpoints.checkpoint import content_fingerprint, tensor_digest
+from dapt_merge.checkpoints.companions import copy_companions
+from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from dapt_merge.errors import InputError
+from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
+from dapt_merge.merging.tensor import merge_tensor
+from dapt_merge.merging.trimming import settle_cutoffs
+
+REPORT_FILE = "merge_report.json"
+RECIPE_FILE = "recipe.yaml"
+
+
+def merge_to_disk(
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
+
+    Args:
+        plan: from `plan_merge`.
+        out: the folder to create.
+        overwrite: replace an existing output, once the new one is complete.
+        threads: tensors merged at once (default: the CPUs that may be used). The bytes do not depend on it.
+        shard_bytes: upper bound of a weight file.
+        on_progress: called with (elements merged, elements in all).
+
+    Raises:
+        InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
+    """
+    started = time.monotonic()
+    refuse_existing(out, overwrite)
+    _refuse_input_as_output(plan, Path(out))
+    plan = settle_cutoffs(plan)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        with CheckpointWriter(folder, plan.jobs, shard_bytes=shard_bytes) as writer:
+            outcomes = map_in_threads(
+                lambda job: _merge_and_write(plan, job, writer),
+                plan.jobs,
+                size=lambda job: job.elements,
+                threads=threads,
+                on_progress=on_progress,
+            )
+        copy_companions(plan.config_from, folder, plan.main_dtype)
+        report = build_report(
+            plan,
+            outcomes,
+            output=_output_fingerprint(outcomes),
+            inputs={reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()},
+            seconds=time.monotonic() - started,
+        )
+        (folder / RECIPE_FILE).write_text(report.recipe, encoding="utf-8")
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def _merge_and_write(plan: MergePlan, job: TensorJob, writer: CheckpointWriter) -> TensorOutcome:
+    merged = merge_tensor(job, plan.read, plan.recipe.seed)
+    writer.write(job.name, merged.tensor)
+    for checkpoint in plan.checkpoints.values():
+        # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
+        checkpoint.digest(job.name)
+    return TensorOutcome.of(job, merged, tensor_digest(merged.tensor))
+
+
+def _output_fingerprint(outcomes: list[TensorOutcome]) -> str:
+    return content_fingerprint((o.job.name, o.job.out_dtype, o.job.shape, o.digest or b"") for o in outcomes)
+
+
+def _refuse_input_as_output(plan: MergePlan, out: Path) -> None:
+    target = out.resolve()
+    for reference, checkpoint in plan.checkpoints.items():
+        if checkpoint.folder is not None and checkpoint.folder.resolve().is_relative_to(target):
+            raise InputError(
+                f"the output would replace its own input '{reference}'",
+                where=out,
+                remedy="Choose another output folder.",
+            )

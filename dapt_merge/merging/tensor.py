@@ -1,0 +1,117 @@
+"""One tensor merged: the single path that the disk, a live model and the Python API all take.
+
+The method computes in float32; the result is rounded to the output dtype once, and what that rounding swallows of the
+update is counted, because a small update can vanish in bfloat16 without anyone noticing. Where tensors are read from
+and written to, this module does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dapt_merge.errors import InputError
+from dapt_merge.merging.plan import TensorJob
+from dapt_merge.methods.apply import combine
+from dapt_merge.methods.contract import TensorContext
+
+_PIECE_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class RoundingLoss:
+    """How many elements the merge moves away from the base in float32, and how many of those rounding moves back."""
+
+    updated: int = 0
+    lost: int = 0
+
+    def __add__(self, other: RoundingLoss) -> RoundingLoss:
+        return RoundingLoss(self.updated + other.updated, self.lost + other.lost)
+
+    @property
+    def share(self) -> float:
+        """Lost elements per updated element; 0 when nothing was updated."""
+        return self.lost / self.updated if self.updated else 0.0
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A merged tensor in its output dtype, what its method noted, and what rounding lost (None: not measured).
+
+    The tensor may be an input itself, at an exact end point: read it, never write to it.
+    """
+
+    tensor: Tensor
+    notes: Mapping[str, object]
+    rounding: RoundingLoss | None = None
+
+
+def merge_tensor(
+    job: TensorJob, read: Callable[[str, str], Tensor], seed: int, *, measure_rounding: bool = True
+) -> MergedTensor:
+    """Merge one tensor.
+
+    Args:
+        job: what to merge.
+        read: (checkpoint label, tensor name) → the stored tensor.
+        seed: the recipe's.
+        measure_rounding: count the elements of the update that rounding to a dtype narrower than float32 loses. It
+            changes no bit of the result.
+
+    Raises:
+        InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
+    """
+    base = None if job.base is None else read(job.base, job.name)
+    models = [read(label, job.name) for label in job.models]
+    context = TensorContext(
+        job.name,
+        seed=seed,
+        base_label=job.base or "the base",
+        model_labels=job.models,
+        cutoffs=job.cutoffs,
+    )
+    narrow = job.out_dtype in (torch.bfloat16, torch.float16)
+    computed_in = torch.float32 if narrow and measure_rounding else job.out_dtype
+    method, values = job.parameters.method, job.parameters.values
+    merged = combine(method, base, models, values, context, out_dtype=computed_in)
+    if not merged.is_floating_point() or merged.dtype == job.out_dtype:
+        return MergedTensor(merged, context.notes)
+    if not (narrow and measure_rounding):
+        return MergedTensor(_rounded(merged, job), context.notes)
+    rounded, loss = _rounded_and_counted(merged, models[0] if base is None else base, job)
+    return MergedTensor(rounded, context.notes, loss)
+
+
+def _rounded(merged: Tensor, job: TensorJob) -> Tensor:
+    rounded = merged.to(job.out_dtype)
+    _refuse_overflow(rounded, job)
+    return rounded
+
+
+def _rounded_and_counted(merged: Tensor, start: Tensor, job: TensorJob) -> tuple[Tensor, RoundingLoss]:
+    """Round in pieces that stay in the processor's cache, and compare with where the update started from."""
+    rounded = torch.empty(merged.shape, dtype=job.out_dtype)
+    flat, from_flat, out_flat = merged.reshape(-1), start.reshape(-1), rounded.view(-1)
+    updated = lost = 0
+    for begin in range(0, merged.numel(), _PIECE_ELEMENTS):
+        run = slice(begin, begin + _PIECE_ELEMENTS)
+        out_flat[run] = flat[run]
+        unmoved_exact = torch.count_nonzero(flat[run] == from_flat[run]).item()
+        unmoved_rounded = torch.count_nonzero(out_flat[run] == from_flat[run].to(job.out_dtype)).item()
+        # Rounding is monotonic: whatever equals the start exactly equals it rounded too.
+        updated += flat[run].numel() - int(unmoved_exact)
+        lost += int(unmoved_rounded - unmoved_exact)
+    _refuse_overflow(rounded, job)
+    return rounded, RoundingLoss(updated, lost)
+
+
+def _refuse_overflow(rounded: Tensor, job: TensorJob) -> None:
+    if rounded.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(rounded)):
+        raise InputError(
+            f"the merged values overflow {rounded.dtype}",
+            where=f"tensor {job.name}",
+            remedy="Choose bfloat16 or float32 as out_dtype, or smaller weights.",
+        )

@@ -1,0 +1,54 @@
+"""Thresholds that only the whole model can give: `trim_scope: model`.
+
+A method that trims each task vector as one long vector needs to know, before the first tensor is merged, which
+magnitude the density share ends at. One pass over the inputs finds it. How a method uses it, this module does not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dapt_merge.errors import InputError
+from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.methods.contract import TensorContext
+from dapt_merge.methods.pieces import Operands
+from dapt_merge.methods.ties import model_cutoffs
+
+
+def settle_cutoffs(plan: MergePlan) -> MergePlan:
+    """Return the plan with the thresholds of the whole model in its jobs; unchanged where no job asks for them.
+
+    Raises:
+        InputError: trimming over the whole model was asked for, with different densities in different tensors.
+    """
+    asking = [job for job in plan.jobs if _trims_over_the_model(plan, job)]
+    if not asking:
+        return plan
+    densities: set[tuple[float, ...]] = {_densities(job) for job in asking}
+    if len(densities) > 1:
+        raise InputError(
+            f"trim_scope is 'model', but the density differs between tensors: {sorted(densities)[:2]}",
+            where="parameters.density",
+            remedy="Give one density for the whole model, or use trim_scope: tensor.",
+        )
+    found = model_cutoffs([_operands(plan, job) for job in asking], next(iter(densities)))
+    cutoffs = {job.name: row for job, row in zip(asking, found, strict=True)}
+    return replace(plan, jobs=tuple(replace(job, cutoffs=cutoffs.get(job.name)) for job in plan.jobs))
+
+
+def _trims_over_the_model(plan: MergePlan, job: TensorJob) -> bool:
+    is_float = plan.config_from.tensors[job.name].dtype.is_floating_point
+    return is_float and job.parameters.values.get("trim_scope") == "model"
+
+
+def _operands(plan: MergePlan, job: TensorJob) -> Operands:
+    assert job.base is not None
+    context = TensorContext(job.name, base_label=job.base, model_labels=job.models)
+    models = tuple(plan.read(label, job.name) for label in job.models)
+    return Operands(plan.read(job.base, job.name), models, context)
+
+
+def _densities(job: TensorJob) -> tuple[float, ...]:
+    per_model = job.parameters.values["density"]
+    assert isinstance(per_model, tuple)
+    return per_model
