@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def merge(
     arguments: list[str] = typer.Argument(
         None,
-        metavar="[RECIPE.yaml] [KEY=VALUE]...",
+        metavar="[RECIPE.yaml] [KEY=VALUE]",
         help="A recipe file, then overrides such as t=0.3.",
         show_default=False,
     ),
@@ -34,7 +34,7 @@ def merge(
         show_default=False,
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
-    threads: int = typer.Option(None, min=1, help="Tensors merged at once. [default: the number of cores]"),
+    threads: int = typer.Option(None, min=1, help="Tensors merged at once.", show_default="the CPUs there are"),
     as_json: bool = typer.Option(False, "--json", help="Print the merge report as JSON on stdout."),
 ) -> None:
     """Merge a base model and its DAPT checkpoints into an ordinary checkpoint.
