@@ -87,7 +87,7 @@ def disk_errors_explained(target: str | Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise InputError(
-                f"cannot write here ({error.strerror})", where=target, remedy="Choose an output folder you may write to."
+                f"cannot write here ({error.strerror})", where=target, remedy="Choose a folder you may write to."
             ) from error
         raise
 
