@@ -8,7 +8,7 @@ module does not know: what the settings of the space mean (`space`), and how any
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,13 @@ class BudgetConfig(_Section):
     seconds: float | None = Field(None, gt=0)
 
 
+class ReportConfig(_Section):
+    """Suites of items that the search never sees: one for each objective, and others to show beside them."""
+
+    objectives: dict[str, str]
+    record: list[str] = []
+
+
 class StudyConfig(_Section):
     """A checked study. Paths are absolute; `space` holds the raw settings that `space.build_space` reads.
 
@@ -71,6 +78,7 @@ class StudyConfig(_Section):
         space: `method`, `weight`, `density`, … `checkpoint`: a value, a list of choices, or `{low, high, step, log}`.
         objectives: two or more named objectives, in the order of the study's values.
         record: suites that are scored beside the objectives and steer nothing.
+        report: suites that judge the front, on items disjoint from those of the search.
         enqueue: points to try right after the base and the DAPT model, before the sampler proposes any.
         seed: of the random masks (dare) that recipes draw.
         dtype: what the live model is evaluated in; `auto` is bfloat16 where it is fast, else float32.
@@ -82,6 +90,7 @@ class StudyConfig(_Section):
     space: dict[str, Any]
     objectives: dict[str, ObjectiveConfig]
     record: list[str] = []
+    report: ReportConfig | None = None
     enqueue: list[dict[str, Any]] = []
     sampler: SamplerConfig = Field(default_factory=lambda: SamplerConfig.model_validate({}))
     budget: BudgetConfig = Field(default_factory=lambda: BudgetConfig.model_validate({}))
@@ -215,6 +224,13 @@ def _check(config: StudyConfig, where: str) -> None:
                 where=f"{where}: objectives",
                 remedy="Use letters, digits, _ and -.",
             )
+    if config.report is not None and set(config.report.objectives) != set(config.objectives):
+        raise InputError(
+            f"the report has suites for {', '.join(sorted(config.report.objectives))}, "
+            f"the objectives are {', '.join(sorted(config.objectives))}",
+            where=f"{where}: report.objectives",
+            remedy="Give each objective its report suite, under the same name.",
+        )
     if config.budget.trials is None and config.budget.seconds is None and config.sampler.name != "grid":
         raise InputError(
             "the study has no budget",
@@ -241,8 +257,16 @@ def _with_absolute_paths(config: StudyConfig, beside: Path, where: str) -> Study
                 for name, objective in config.objectives.items()
             },
             "record": [found(path, "record") for path in config.record],
+            "report": config.report and _report_paths(config.report, found),
             "output": None if config.output is None else str(Path(config.output).absolute()),
         }
+    )
+
+
+def _report_paths(report: ReportConfig, found: Callable[[str, str], str]) -> ReportConfig:
+    return ReportConfig(
+        objectives={name: found(path, f"report.objectives.{name}") for name, path in report.objectives.items()},
+        record=[found(path, "report.record") for path in report.record],
     )
 
 

@@ -56,7 +56,7 @@ def rescore(
             remedy="Run the same search again; it goes on where it stopped.",
         )
     numbers = dict.fromkeys([result.base, result.dapt, *(t.number for t in front_trials(result)), *(trials or ())])
-    scorer = scorer or _live_model(result, suites, dtype, batch_size, limit)
+    scorer = scorer or live_model(result, suites, dtype, batch_size, limit)
     scored: dict[int, Mapping[str, TaskItems]] = {}
     for position, number in enumerate(numbers):
         recipe = _recipe(result, number)
@@ -76,13 +76,14 @@ def _part(on_progress: Progress | None, position: int, parts: int) -> Progress |
     return lambda done, total: on_progress(position * total + done, parts * total)
 
 
-def _live_model(
+def live_model(
     study: StudyResult,
     suites: Sequence[str | Path | Suite],
-    dtype: str | None,
-    batch_size: int | None,
-    limit: int | None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
 ) -> LiveModel:
+    """Return the study's base, live in memory, to score its recipes on other suites; arguments as for `rescore`."""
     from dapt_merge.evaluation.suites import Suite, load_suite
     from dapt_merge.study.config import StudyConfig
     from dapt_merge.study.space import find_checkpoints
