@@ -205,6 +205,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "objectives": ObjectiveConfig,
         "sampler": SamplerConfig,
         "budget": BudgetConfig,
+        "report": ReportConfig,
     }
     model: type[BaseModel] = section.get(str(location[0]), StudyConfig) if location else StudyConfig
     return list(model.model_fields)

@@ -36,7 +36,7 @@ def export_trial(
         out: the new model folder; it also gets `recipe.yaml`, `merge_report.json` and `study_trial.json`.
         out_dtype: the weights' dtype (default: the checkpoints' own).
         overwrite: replace an existing `out`.
-        on_progress: called with (done, total) tensors.
+        on_progress: called with (done, total) elements.
 
     Returns:
         the picked trial and the merge report.

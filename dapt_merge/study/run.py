@@ -148,6 +148,9 @@ class _Search:
         fixed = bool(waiting) or ordinal < len(self.plan)
         self.study.sampler = sampler_for(self.config.sampler, ordinal, fixed=fixed)
         trial = self.study.ask()
+        # Optuna looks at the history only when a parameter asks for it, but NSGA-II has to count a given point into its
+        # generation too.
+        _ = trial.relative_params
         point = self._proposal(trial)
         trial.set_user_attr("proposed", True)
         try:

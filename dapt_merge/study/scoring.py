@@ -111,7 +111,8 @@ class LiveModel:
         """
         from dapt_merge.recipe import recipe_fingerprint
 
-        model_key = recipe_fingerprint(recipe, self.fingerprints())
+        inputs = {reference: self.checkpoints[reference].fingerprint() for reference in recipe.references()}
+        model_key = recipe_fingerprint(recipe, inputs)
         if model_key not in self._memory:
             merger, scorer, store = self._load()
             started = time.monotonic()
@@ -140,9 +141,9 @@ class LiveModel:
 
 
 def _merge_notes(report: Any) -> dict[str, Any]:
-    """Keep of a merge report what tells trials apart: the fallbacks and the warnings."""
+    """Keep of a merge report what tells trials apart: fallbacks, updates lost to rounding, warnings."""
     plain = report.to_dict()
-    return {key: plain[key] for key in ("fallbacks", "warnings") if plain.get(key)}
+    return {key: plain[key] for key in ("fallbacks", "lost_share", "warnings") if plain.get(key)}
 
 
 def evaluation_dtype(dtype: str, device: str | None) -> str:

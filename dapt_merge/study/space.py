@@ -374,7 +374,7 @@ def _end_value(space: Space, knob: Knob, method: str, end: Endpoint) -> Value:
 
 
 def complete_point(space: Space, given: Mapping[str, Any], where: str) -> Point:
-    """Check a point that a user wrote, and fill in the knobs that have one value only.
+    """Check a point that a user wrote, and fill in the knobs that have one value only and the last checkpoint.
 
     Raises:
         InputError: unknown knob, value outside the space, or a knob with several values left open.
@@ -385,6 +385,10 @@ def complete_point(space: Space, given: Mapping[str, Any], where: str) -> Point:
             raise InputError(
                 f"unknown parameter '{name}'.{nearest(name, names)}", where=where, remedy=f"Known: {', '.join(names)}."
             )
+
+    last = list(space.checkpoints)[-1]
+    if given.get("checkpoint", "last") == "last":
+        given = {**given, "checkpoint": last}
 
     def value_of(knob: Knob) -> Value:
         values = knob.setting.values()
