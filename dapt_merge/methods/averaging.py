@@ -20,8 +20,8 @@ from dapt_merge.methods.registry import method
 def affine_combination(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Return Σcᵢθᵢ for coefficients that add to 1, as θₐ + Σcᵢ(θᵢ − θₐ) from the θₐ of largest |cₐ|.
 
-    Every operation rounds separately (no fused multiply-add, whose use depends on vector width and thread borders), so
-    that the bits are the same on any number of threads. The inputs are float32 of one shape and are not modified.
+    Every operation rounds on its own: whether a multiply-add is fused depends on processor and build, and the bits must
+    not. The inputs are float32 of one shape and are not modified.
     """
     anchor = max(range(len(tensors)), key=lambda position: abs(coefficients[position]))
     merged: Tensor | None = None

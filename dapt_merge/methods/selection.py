@@ -51,7 +51,8 @@ def find_cutoff(stream: Callable[[], Iterator[Tensor]], kept: int) -> Cutoff:
     """
     high = torch.zeros(_BUCKETS_HIGH, dtype=torch.int64)
     for piece in stream():
-        high += torch.bincount(_bits(piece) >> _LOW_BITS, minlength=_BUCKETS_HIGH).cpu()
+        buckets = _bits(piece).bitwise_right_shift_(_LOW_BITS)
+        high += torch.bincount(buckets, minlength=_BUCKETS_HIGH).cpu()
     bucket, above = _bucket_of(high, kept)
 
     low = torch.zeros(_BUCKETS_LOW, dtype=torch.int64)
@@ -70,7 +71,7 @@ def find_cutoff(stream: Callable[[], Iterator[Tensor]], kept: int) -> Cutoff:
 
 def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
     """Return which elements of a 1-d float32 run are kept; `offset` is the index of its first element."""
-    bits = _bits(values)
+    bits = _bits(values.clone())
     border = min(max(cutoff.last_tied + 1 - offset, 0), bits.numel())
     kept = torch.empty(bits.shape, dtype=torch.bool, device=bits.device)
     torch.ge(bits[:border], cutoff.magnitude_bits, out=kept[:border])
@@ -79,8 +80,8 @@ def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Magnitudes as int32 bit patterns, which order like the magnitudes (subnormals too)."""
-    return values.view(torch.int32) & 0x7FFFFFFF
+    """Magnitudes as int32 bit patterns, which order like the magnitudes (subnormals too); made in place."""
+    return values.view(torch.int32).bitwise_and_(0x7FFFFFFF)
 
 
 def _bucket_of(histogram: Tensor, rank: int) -> tuple[int, int]:

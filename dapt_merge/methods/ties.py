@@ -105,31 +105,33 @@ def merge_elected(
     """
     if len(deltas) == 1:
         return deltas[0].mul_(lambda_ if normalize else lambda_ * weights[0]).add_(base)
-    signs = [1.0 if elect == "unweighted" or weight > 0 else -1.0 for weight in weights]
     elected = _elected_sign(deltas, weights, elect)
     merged = torch.zeros_like(base)
     divisor = torch.zeros_like(base) if normalize else None
-    for delta, weight, sign in zip(deltas, weights, signs, strict=True):
-        # |δ| where the vote agrees with the elected sign, 0 elsewhere
-        agreeing = delta.mul_(elected).mul_(sign).clamp_min_(0)
+    for delta, weight in zip(deltas, weights, strict=True):
+        against = elect == "unweighted" and weight < 0  # the vote is δ, which wδ then opposes
+        # |wδ| where the vote agrees with the elected sign, 0 elsewhere
+        agreeing = delta.mul_(-elected if against else elected).clamp_min_(0)
         if divisor is not None:
-            divisor.add_((agreeing > 0).to(torch.float32).mul_(weight))
-        merged.add_(agreeing.mul_(weight * sign))
+            divisor.add_(torch.sign(agreeing).mul_(weight))
+        merged.sub_(agreeing) if against else merged.add_(agreeing)
     merged.mul_(elected)
     if divisor is not None:
         merged.div_(divisor.masked_fill_(divisor == 0, 1.0))
-    return merged.mul_(lambda_).add_(base)
+    return (merged if lambda_ == 1 else merged.mul_(lambda_)).add_(base)
 
 
 def _elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], elect: str) -> Tensor:
+    """Return +1 or −1 per element, and multiply each task vector with its weight on the way."""
     votes = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         if elect == "unweighted":
             votes.add_(delta)
-        elif elect == "weighted":
-            votes.add_(delta * weight)
-        else:
-            votes.add_(torch.sign(delta).mul_(1.0 if weight > 0 else -1.0))
+        delta.mul_(weight)
+        if elect == "weighted":
+            votes.add_(delta)
+        elif elect == "count":
+            votes.add_(torch.sign(delta))
     return votes.ge_(0).mul_(2).sub_(1)
 
 
