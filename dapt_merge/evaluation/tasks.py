@@ -128,10 +128,13 @@ def _lm_eval_tasks(suite: Suite) -> dict[str, Any]:
     folders: list[str | Path] = list(suite.include_path)
     with quiet_lm_eval():
         manager = TaskManager(include_path=folders, include_defaults=False)
-        if any(name not in manager.task_index for name in suite.tasks):
-            # Indexing the thousands of tasks that lm-eval ships takes seconds, so only when one may be among them.
+    missing = [name for name in suite.tasks if name not in manager.task_index]
+    if missing:
+        _refuse_broken_yaml(missing, suite)
+        # Indexing the thousands of tasks that lm-eval ships takes seconds, so only when one may be among them.
+        with quiet_lm_eval():
             manager = TaskManager(include_path=folders, include_defaults=True)
-    for name in suite.tasks:
+    for name in missing:
         if name not in manager.task_index:
             raise _unknown_task(name, suite, manager.all_tasks)
     loaded: dict[str, Any] = {}
@@ -154,13 +157,6 @@ def _lm_eval_tasks(suite: Suite) -> dict[str, Any]:
 
 
 def _unknown_task(name: str, suite: Suite, known: Sequence[str]) -> InputError:
-    broken = [f"{path}: {reason}" for folder in suite.include_path for path, reason in _broken_yaml(folder)]
-    if broken:
-        return InputError(
-            f"there is no task '{name}', and a task file cannot be read: {broken[0]}",
-            where=f"suite {suite.name}",
-            remedy="Correct that file.",
-        )
     folders = ", ".join(str(folder) for folder in suite.include_path) or "none"
     return InputError(
         f"there is no task '{name}' in the suite's folders ({folders}) or in lm-eval.{nearest(name, list(known))}",
@@ -169,15 +165,22 @@ def _unknown_task(name: str, suite: Suite, known: Sequence[str]) -> InputError:
     )
 
 
-def _broken_yaml(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the task files that lm-eval skipped silently because they do not parse."""
+def _refuse_broken_yaml(missing: Sequence[str], suite: Suite) -> None:
+    """Name the file of a missing task that lm-eval skipped without a word because it does not parse."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(path for folder in suite.include_path for path in folder.rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not any(name in text for name in missing):
+            continue
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:
-            yield path, _first_line(error)
+            raise InputError(
+                f"the task file cannot be read: {_first_line(error)}",
+                where=path,
+                remedy="Correct the YAML of the task.",
+            ) from error
 
 
 def _anchor_data_files(manager: Any, name: str, suite: Suite) -> None:
