@@ -171,20 +171,10 @@ def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
             _inside(place, last, key)
             place[int(last)] = value
         elif isinstance(place, dict):
-            place[last] = _number(value)
+            place[last] = value
         else:
             raise InputError(f"'{key}' reaches inside a single value", where=key, remedy="Give the key alone.")
     return edited
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 2e-4 (no point) as a text; whoever types it on a command line means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _inside(place: Any, part: str, key: str) -> Any:

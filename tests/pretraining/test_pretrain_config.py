@@ -1,0 +1,102 @@
+"""A run's description is checked key by key, and nothing in it is without effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapt_merge.errors import InputError
+from dapt_merge.presets import preset
+from dapt_merge.pretraining import load_pretrain_config
+
+MINIMAL: dict[str, Any] = {"base": "base", "corpus": ["a.jsonl"], "tokens": 1000}
+
+
+def refusal(*overrides: str, **content: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_pretrain_config({**MINIMAL, **content}, overrides)
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+def test_the_smallest_description_is_a_base_a_corpus_and_a_budget() -> None:
+    config = load_pretrain_config(MINIMAL)
+    assert config.corpus[0].role == "domain"
+    assert config.precision == "bf16-master"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest() -> None:
+    assert "Did you mean 'learning_rate'?" in refusal(learning_rte=1e-4)
+    assert "Did you mean 'text_field'?" in refusal(corpus=[{"path": "a.jsonl", "text_feild": "t"}])
+
+
+@pytest.mark.parametrize("missing", ["base", "corpus"])
+def test_a_missing_key_is_named(missing: str) -> None:
+    with pytest.raises(InputError, match=f"'{missing}' is missing"):
+        load_pretrain_config({key: value for key, value in MINIMAL.items() if key != missing})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"epochs": 1}, "either 'tokens' or 'epochs'"),
+        ({"tokens": None}, "either 'tokens' or 'epochs'"),
+        ({"corpus": [{"path": "a.txt", "role": "replay"}], "replay_share": 0.1}, "no source with the role 'domain'"),
+        ({"corpus": ["a.txt", {"path": "b.txt", "role": "replay"}]}, "never be read"),
+        ({"replay_share": 0.1}, "no source has the role 'replay'"),
+        ({"decay_share": 0.1}, "no effect with the schedule 'cosine'"),
+        ({"schedule": "linear", "minimum_rate_share": 0.1}, "no effect with the schedule 'linear'"),
+        ({"schedule": "wsd", "warmup_share": 0.9}, "more than the whole run"),
+        ({"batch_sequences": 4, "micro_batch_sequences": 3}, "must divide"),
+        ({"corpus": []}, "corpus"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"replay_share": 1.0}, "replay_share"),
+    ],
+)
+def test_contradictions_and_values_out_of_range_are_refused(content: dict[str, Any], said: str) -> None:
+    assert said in refusal(**content)
+
+
+def test_overrides_reach_everywhere() -> None:
+    overrides = ["learning_rate=2e-4", "corpus.0=b.jsonl", "schedule=wsd", "decay_share=0.3"]
+    config = load_pretrain_config(MINIMAL, overrides)
+    assert (config.learning_rate, config.schedule, config.decay_share) == (2e-4, "wsd", 0.3)
+    assert str(config.corpus[0].path) == "b.jsonl"
+    sources = {**MINIMAL, "corpus": [{"path": "a.jsonl"}]}
+    assert load_pretrain_config(sources, ["corpus.0.text_field=note"]).corpus[0].text_field == "note"
+
+
+def test_an_override_of_something_that_is_not_there_is_refused() -> None:
+    assert "there is no '3'" in refusal("corpus.3.path=x")
+    assert "single value" in refusal("base.path=x")
+
+
+def test_inputs_are_found_beside_the_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "run.yaml"
+    file.write_text("base: model\ncorpus: [notes.jsonl]\nepochs: 1\n", encoding="utf-8")
+    config = load_pretrain_config(file)
+    assert config.base == str(tmp_path / "model")
+    assert config.corpus[0].path == tmp_path / "notes.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("- a\n", "a mapping"), ("base: [\n", "line 2"), ("", "a mapping"), ("a: \xe9".encode("latin1"), "UTF-8")],
+)
+def test_a_file_that_is_no_description_is_refused(tmp_path: Path, text: str | bytes, said: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=said):
+        load_pretrain_config(file)
+
+
+@pytest.mark.parametrize("name", ["demo", "study-qwen3-8b"])
+def test_the_presets_are_valid_and_say_how_to_run_them(name: str) -> None:
+    path = preset(f"recipes/pretrain-{name}.yaml")
+    assert load_pretrain_config(path).sequence_length in (512, 2048)
+    assert f"dapt-merge pretrain recipes/{path.name}" in path.read_text(encoding="utf-8")
