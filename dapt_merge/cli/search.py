@@ -32,17 +32,22 @@ def search(
     named = [] if output is None else [f"output={output}"]
     config = load_study_config(study, [*(overrides or []), *named])
 
+    told: list[str] = []
+
     def on_trial(trial: StudyTrial, result: StudyResult) -> None:
+        if not told:
+            told.append("warnings")
+            for warning in result.warnings:
+                console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
         console.print(_trial_line(trial, result), soft_wrap=True, markup=False)
 
     try:
         with progress("search", "items") as on_progress:
             result = run_study(config, on_trial=on_trial, on_progress=on_progress)
     except KeyboardInterrupt:
-        console.print(f"\nInterrupted. Finished trials are in {config.folder}; the same command goes on from there.")
+        line = f"\nInterrupted. Finished trials are in {config.folder}; the same command goes on from there."
+        console.print(line, soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
-    for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     if json:
         print_json(_summary(result))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -9,10 +10,10 @@ import time
 
 import optuna
 import pytest
+from formula_scorer import FormulaScorer, study_files
 
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.study import load_study, load_study_config, run_study
-from formula_scorer import FormulaScorer, study_files
 
 
 def run(files, *overrides, scorer=None, **kwargs):
@@ -67,9 +68,9 @@ def test_a_study_is_read_back_from_its_folder_as_it_was_returned(files):
 def test_an_interrupted_study_proposes_what_an_uninterrupted_one_would(tmp_path, sampler):
     files = study_files(tmp_path)
     overrides = [f"sampler.name={sampler}", "sampler.seed=7"]
-    trials = 14
+    trials = 13
     whole = run(files, f"output={tmp_path / 'whole'}", f"budget.trials={trials}", *overrides)
-    for number in (1, 4, 11):
+    for number in (1, 11):
         with pytest.raises(KeyboardInterrupt):
             run(
                 files,
@@ -81,7 +82,7 @@ def test_an_interrupted_study_proposes_what_an_uninterrupted_one_would(tmp_path,
     torn = run(files, f"output={tmp_path / 'torn'}", f"budget.trials={trials}", *overrides)
     assert points(torn) == points(whole)
     assert len(torn.finished) == trials
-    assert [trial.state for trial in torn.trials].count("interrupted") == 3
+    assert [trial.state for trial in torn.trials].count("interrupted") == 2
 
 
 class _Interrupting(FormulaScorer):
@@ -101,9 +102,9 @@ def _finished(folder):
 
 
 def test_the_same_seed_gives_the_same_study_and_another_seed_another(files, tmp_path):
-    first = run(files, f"output={tmp_path / 'a'}", "sampler.seed=1")
-    second = run(files, f"output={tmp_path / 'b'}", "sampler.seed=1")
-    third = run(files, f"output={tmp_path / 'c'}", "sampler.seed=2")
+    first = run(files, f"output={tmp_path / 'a'}", "sampler.seed=1", "budget.trials=4")
+    second = run(files, f"output={tmp_path / 'b'}", "sampler.seed=1", "budget.trials=4")
+    third = run(files, f"output={tmp_path / 'c'}", "sampler.seed=2", "budget.trials=4")
     assert points(first) == points(second)
     assert points(first) != points(third)
 
@@ -117,7 +118,7 @@ def test_a_failed_trial_is_kept_with_its_reason_and_the_study_goes_on(files):
 
 
 def test_a_failed_end_stops_the_study_and_is_tried_again_by_the_next_run(files):
-    with pytest.raises(DaptMergeError, match="base end .* out of memory"):
+    with pytest.raises(DaptMergeError, match=r"base end .* out of memory"):
         run(files, scorer=FormulaScorer(fail_when=lambda recipe: True))
     result = run(files)
     assert len(result.complete) == 6
@@ -183,7 +184,7 @@ def test_a_grid_takes_every_point_once_and_needs_no_budget(files):
 
 def test_the_ends_are_scored_exactly_even_where_the_space_leaves_them_out(files):
     files["space"] = {"method": "ties", "weight": {"low": 0.2, "high": 0.8}, "density": 0.5}
-    result = run(files, "budget.trials=16", "sampler.name=nsgaii")
+    result = run(files, "budget.trials=13", "sampler.name=nsgaii")
     assert "weight: 0.0" in result.trial(result.base).recipe
     assert "weight: 1.0" in result.trial(result.dapt).recipe
     assert all(0.2 <= trial.params["weight"] <= 0.8 for trial in result.complete[2:])
@@ -221,7 +222,7 @@ def test_sigkill_at_any_moment_loses_no_finished_trial_and_repeats_none(files, t
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         kept.append(_safely(tmp_path / "out"))
-    assert all(later[: len(earlier)] == earlier for earlier, later in zip(kept, kept[1:], strict=False))
+    assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(kept))
     final = run(files, "budget.trials=10")
     assert points(final) == points(whole)
     assert optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}").trials
