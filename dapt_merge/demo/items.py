@@ -1,8 +1,8 @@
 """The demo's items as lm-eval tasks: local JSON Lines, one YAML file a task, one suite file an axis.
 
 The idea: whatever is measured is data that lm-eval runs without this package, and what chooses a merge (*search*)
-shares no item with what judges it (*report*). Texts are scored in bits per byte, questions by accuracy. What this module does
-not know: models and scores.
+shares no item with what judges it (*report*). Texts are scored in bits per byte, questions by accuracy. What this
+module does not know: models and scores.
 """
 
 from __future__ import annotations

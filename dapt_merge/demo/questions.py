@@ -7,6 +7,7 @@ prompts and scores.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import re
@@ -22,6 +23,7 @@ from dapt_merge.demo.leaks import normalised
 _OPTIONS = 4
 _MOST_QUESTION_CHARACTERS = 130
 _MOST_OPTION_CHARACTERS = 45
+_CANDIDATES = 60
 _REFERS_TO_OPTIONS = re.compile(
     r"\b(?:both|all|none|neither|any) (?:of )?(?:the )?(?:above|these|options?|are)\b|\b[a-d] (?:and|&|et|or) [a-d]\b"
     r"|\b(?:all|none|both)\b$|^none\b|^(?:aucun|toutes?|nulle|tous|les deux)|réponses?\b|ci-dessus|\bstatement [12]\b"
@@ -98,21 +100,35 @@ def chapter_questions(concepts: Sequence[Concept], chapters: Sequence[str], seed
 
 
 def translation_questions(concepts: Sequence[Concept], pool: Sequence[Concept], seed: int) -> list[Question]:
-    """Ask for the English of each concept; the wrong ones are English labels of like length, same chapter if it can be.
+    """Ask for the English of each concept; the wrong ones are the most alike English labels of its chapter in `pool`.
 
-    The wrong labels come from `pool` (the same held-out side), so none of them was trained on either.
+    French and English medical words look alike, so labels that share no word with the right one would give it away.
+    `pool` is the same held-out side: no option was trained on.
     """
     questions = []
     for concept in concepts:
         generator = random.Random(f"{seed}:english:{concept.id}")
-        others = [other for other in pool if normalised(other.english) != normalised(concept.english)]
-        near = [other for other in others if other.chapter == concept.chapter and other.parent_id != concept.parent_id]
-        drawn = generator.sample(near, min(12, len(near)))
-        drawn += generator.sample(others, max(0, min(12 - len(drawn), len(others))))
-        drawn.sort(key=lambda other: abs(len(other.english) - len(concept.english)))
-        wrong = list(dict.fromkeys(other.english for other in drawn))[: _OPTIONS - 1]
+        labels = {
+            chapter_matches: sorted(
+                {
+                    other.english
+                    for other in pool
+                    if (other.chapter == concept.chapter) == chapter_matches
+                    and normalised(other.english) != normalised(concept.english)
+                }
+            )
+            for chapter_matches in (True, False)
+        }
+        candidates = generator.sample(labels[True], min(_CANDIDATES, len(labels[True])))
+        candidates += generator.sample(labels[False], min(_CANDIDATES - len(candidates), len(labels[False])))
+        candidates.sort(key=lambda label: (-_alike(label, concept.english), label))
+        wrong = candidates[: _OPTIONS - 1]
         questions.append(_shuffled(concept, "english", concept.label, concept.english, wrong, generator))
     return questions
+
+
+def _alike(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first.lower(), second.lower(), autojunk=False).ratio()
 
 
 def _shuffled(
