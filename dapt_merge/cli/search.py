@@ -55,7 +55,7 @@ def search(
 
 
 def _trial_line(trial: StudyTrial, result: StudyResult) -> str:
-    """One finished trial: number, recipe in words, gains over the base with the standard errors of its values."""
+    """One finished trial: number, recipe in words, gains over the base with their paired standard errors."""
     start = f"{trial.number:>4}  {trial.label:<48}"
     if trial.state != "complete":
         return f"{start} failed: {(trial.failure or '').splitlines()[0]}"
@@ -65,8 +65,10 @@ def _trial_line(trial: StudyTrial, result: StudyResult) -> str:
 
 
 def _gains(trial: StudyTrial, result: StudyResult) -> str:
-    gains = result.gains(trial)
-    return "   ".join(f"{o.name} {gains[o.name]:+.3f} {o.unit}" for o in result.objectives)
+    gains, errors = result.gains(trial), trial.gain_standard_errors
+    return "   ".join(
+        f"{o.name} {gains[o.name]:+.3f} ±{errors.get(o.name, float('nan')):.3f} {o.unit}" for o in result.objectives
+    )
 
 
 def _summary(result: StudyResult) -> dict[str, Any]:

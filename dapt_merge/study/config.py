@@ -73,7 +73,7 @@ class StudyConfig(_Section):
     """A checked study. Paths are absolute; `space` holds the raw settings that `space.build_space` reads.
 
     Fields:
-        base: the folder of the model that DAPT started from.
+        base: the model that DAPT started from, a folder or a hub id.
         checkpoints: a run's folder (all its `checkpoint-*/`), one model folder, or a list of model folders.
         space: `method`, `weight`, `density`, … `checkpoint`: a value, a list of choices, or `{low, high, step, log}`.
         objectives: two or more named objectives, in the order of the study's values.
@@ -247,7 +247,7 @@ def _with_absolute_paths(config: StudyConfig, beside: Path, where: str) -> Study
     checkpoints = config.checkpoints
     return config.model_copy(
         update={
-            "base": found(config.base, "base"),
+            "base": _base(config.base, beside, where),
             "checkpoints": (
                 found(checkpoints, "checkpoints")
                 if isinstance(checkpoints, str)
@@ -269,6 +269,18 @@ def _report_paths(report: ReportConfig, found: Callable[[str, str], str]) -> Rep
         objectives={name: found(path, f"report.objectives.{name}") for name, path in report.objectives.items()},
         record=[found(path, "report.record") for path in report.record],
     )
+
+
+def _base(base: str, beside: Path, where: str) -> str:
+    """Return the base's absolute path, or the hub id that it seems to be."""
+    try:
+        return str(_find(base, beside, f"{where}: base"))
+    except InputError:
+        from dapt_merge.checkpoints.hub import looks_like_hub_id
+
+        if looks_like_hub_id(base):
+            return base
+        raise
 
 
 def _find(path: str, beside: Path, where: str) -> Path:

@@ -66,9 +66,10 @@ class Objective:
 class StudyTrial:
     """One trial. `values` and `standard_errors` are by objective, in the metric's unit; empty unless complete.
 
-    `recipe` is the recipe's YAML, `model_key` the name of its items in the item store, `record` the scores of the
-    recorded suites (suite → metric → macro mean), `scores` those of single tasks (`task/metric`), `failure` the reason
-    of a failed trial, `endpoint` which end it is.
+    `gain_standard_errors` are those of the paired differences from the base, in the objectives' units. `recipe` is the
+    recipe's YAML, `model_key` the name of its items in the item store, `record` the scores of the recorded suites
+    (suite → metric → macro mean), `scores` those of single tasks (`task/metric`), `failure` the reason of a failed
+    trial, `endpoint` which end it is. `attrs` holds what else was noted (`merge`, `seconds`, `repeats`).
     """
 
     number: int
@@ -76,6 +77,7 @@ class StudyTrial:
     params: Mapping[str, Any]
     values: Mapping[str, float]
     standard_errors: Mapping[str, float]
+    gain_standard_errors: Mapping[str, float] = field(default_factory=dict)
     recipe: str | None = None
     model_key: str | None = None
     endpoint: Literal["base", "dapt"] | None = None
@@ -213,6 +215,7 @@ def _read_trial(trial: FrozenTrial, objectives: tuple[Objective, ...]) -> StudyT
         params=dict(trial.params),
         values=values,
         standard_errors=attrs.pop("standard_errors", {}),
+        gain_standard_errors=attrs.pop("gain_standard_errors", {}),
         recipe=attrs.pop("recipe", None),
         model_key=attrs.pop("model_key", None),
         endpoint=attrs.pop("endpoint", None),

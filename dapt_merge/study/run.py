@@ -37,7 +37,11 @@ from dapt_merge.study.storage import check_identity, counts, locked, open_study,
 if TYPE_CHECKING:
     import optuna
 
+    from dapt_merge.evaluation.items import TaskItems
     from dapt_merge.evaluation.suites import Suite
+
+# Enough for a standard error to within 2%; intervals that are claimed come from the report's own, larger number.
+_RESAMPLES = 1000
 
 OnTrial = Callable[[StudyTrial, StudyResult], None]
 
@@ -77,11 +81,13 @@ def run_study(
         >>> knee(run_study(config)).label  # doctest: +SKIP
         'linear weight 0.6 · checkpoint-160'
     """
+    # Everything that can be refused is refused before the folder is touched.
+    search = _Search(config, scorer)
     with locked(config.folder), warnings.catch_warnings():
         # Optuna warns of end points outside a narrow space; that they are kept is what we promise.
         warnings.filterwarnings("ignore", message="Fixed parameter", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is experimental")
-        search = _Search(config, scorer)
+        search.open()
         return search.run(on_trial, on_progress)
 
 
@@ -96,12 +102,18 @@ class _Search:
         self.space = build_space(config.space, config.base, checkpoints, mask_seed=config.seed)
         self.plan = _plan(config, self.space)
         self.scorer = scorer or _live_model(config, self.space, self.suites)
-        self.study = open_study(config, _identity(config, self.space, self.scorer, self.plan))
-        self.study.set_user_attr("warnings", space_warnings(self.space))
-        take_up_interrupted(self.study)
+        self.warnings = space_warnings(self.space)
         self.objectives: tuple[Objective, ...] = ()
+        self.base_items: Mapping[str, TaskItems] | None = None
+
+    def open(self) -> None:
+        """Create the study or take it up; the folder has to be locked."""
+        self.study = open_study(self.config, _identity(self.config, self.space, self.scorer))
+        self.study.set_user_attr("warnings", self.warnings)
+        take_up_interrupted(self.study)
 
     def run(self, on_trial: OnTrial | None, on_progress: Progress | None) -> StudyResult:
+        """Run trials until the budget is spent."""
         while not self._spent():
             if not self.objectives:
                 self.objectives = self._resolve_objectives()
@@ -119,6 +131,7 @@ class _Search:
         return self.result()
 
     def result(self) -> StudyResult:
+        """Return the study so far."""
         return read_result(self.study, self.config.folder, self.config.model_dump(mode="json", exclude_none=True))
 
     def _spent(self) -> bool:
@@ -169,6 +182,8 @@ class _Search:
         recipe = endpoint_recipe(self.space, end) if end else to_recipe(self.space, point)
         trial.set_user_attr("recipe", recipe.to_yaml())
         scores = self.scorer.score(recipe, on_progress)
+        if end == "base":
+            self.base_items = scores.items
         for key, value in self._attributes(scores).items():
             trial.set_user_attr(key, value)
         self.study.tell(trial, self._values(scores))
@@ -194,10 +209,24 @@ class _Search:
         return {
             "model_key": scores.model_key,
             "standard_errors": {o.name: suite_standard_error(scores.items, o.tasks, o.metric) for o in self.objectives},
+            "gain_standard_errors": self._gain_standard_errors(scores),
             "scores": {f"{record.task}/{record.metric}": record.score for record in items},
             "record": {suite.name: _macro_means(scores, self._tasks[suite.name]) for suite in self.suites["record"]},
             "merge": dict(scores.notes),
             "seconds": {"merge": round(scores.merge_seconds, 3), "score": round(scores.score_seconds, 3)},
+        }
+
+    def _gain_standard_errors(self, scores: RecipeScores) -> dict[str, float]:
+        """Return the standard error of each gain over the base on the same items, in the gain's unit."""
+        from dapt_merge.evaluation.statistics import gain
+
+        if self.base_items is None:
+            # Of an earlier session: the item store has them, so that nothing is merged or scored for this.
+            self.base_items = self.scorer.score(endpoint_recipe(self.space, "base")).items
+        return {
+            o.name: o.scale
+            * gain(scores.items, self.base_items, o.tasks, o.metric, resamples=_RESAMPLES).standard_error
+            for o in self.objectives
         }
 
     def _resolve_objectives(self) -> tuple[Objective, ...]:
@@ -273,13 +302,17 @@ def _plan(config: StudyConfig, space: Space) -> list[_Planned]:
         points = grid(space)
         order = np.random.default_rng(trial_seed(config.sampler.seed, 0)).permutation(len(points))
         named += [points[index] for index in order]
+    recipes = {endpoint_recipe(space, end).to_yaml() for end in ("base", "dapt")}
     for point in named:
-        if not any(point == earlier.point for earlier in planned):
+        # Many points of a grid are one model: at weight 0 the density changes nothing.
+        recipe = to_recipe(space, point).to_yaml()
+        if recipe not in recipes:
+            recipes.add(recipe)
             planned.append(_Planned(point))
     return planned
 
 
-def _identity(config: StudyConfig, space: Space, scorer: RecipeScorer, plan: Sequence[_Planned]) -> dict[str, Any]:
+def _identity(config: StudyConfig, space: Space, scorer: RecipeScorer) -> dict[str, Any]:
     """Return all that decides the trials of a study, as plain data: content instead of paths, and no budget."""
     settings = config.model_dump(mode="json", include={"space", "record", "enqueue", "sampler", "seed"})
     prints = scorer.fingerprints()

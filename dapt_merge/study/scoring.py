@@ -85,7 +85,6 @@ class LiveModel:
         self._dtype = evaluation_dtype(dtype, device)
         self._options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "limit": limit}
         self._loaded: tuple[Any, Any, Any] | None = None
-        self._memory: dict[str, RecipeScores] = {}
 
     def fingerprints(self) -> dict[str, str]:
         """Return the content fingerprint of every checkpoint by its path; reads them whole the first time."""
@@ -113,17 +112,15 @@ class LiveModel:
 
         inputs = {reference: self.checkpoints[reference].fingerprint() for reference in recipe.references()}
         model_key = recipe_fingerprint(recipe, inputs)
-        if model_key not in self._memory:
-            merger, scorer, store = self._load()
-            started = time.monotonic()
-            report = merger.apply(recipe)
-            merged = time.monotonic()
-            items = scorer.score(model_key, store, on_progress)
-            scored = time.monotonic()
-            self._memory[model_key] = RecipeScores(
-                items, model_key, _merge_notes(report), merged - started, scored - merged
-            )
-        return self._memory[model_key]
+        merger, scorer, store = self._load()
+        started = time.monotonic()
+        # With every item in the store the weights are not needed, and stay as they are.
+        notes = {} if _all_stored(scorer, store, model_key) else _merge_notes(merger.apply(recipe))
+        merged = time.monotonic()
+        items = scorer.score(model_key, store, on_progress)
+        if scorer.truncated:
+            notes["truncated"] = dict(scorer.truncated)
+        return RecipeScores(items, model_key, notes, merged - started, time.monotonic() - merged)
 
     def _load(self) -> tuple[Any, Any, Any]:
         """Load the model, build the merger and the tasks; once."""
@@ -138,6 +135,12 @@ class LiveModel:
             store = None if self._items_path is None else ItemStore(self._items_path)
             self._loaded = merger, scorer, store
         return self._loaded
+
+
+def _all_stored(scorer: Any, store: Any, model_key: str) -> bool:
+    return store is not None and all(
+        store.get_all(model_key, task, version, settings=scorer.settings) for task, version in scorer.versions.items()
+    )
 
 
 def _merge_notes(report: Any) -> dict[str, Any]:

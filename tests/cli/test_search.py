@@ -40,7 +40,7 @@ def test_search_prints_one_line_a_trial_and_the_front(study_file):
     result = call("search", study_file, "budget.trials=4")
     assert result.exit_code == 0, result.output
     assert "DAPT checkpoint-20" in result.stderr
-    assert "domain +1.000 bits per byte   general -30.000 points" in result.stderr
+    assert "domain +1.000 ±0.000 bits per byte   general -30.000 ±0.000 points" in result.stderr
     assert "<- knee" in result.stdout
     assert "4 trials" in result.stdout
 

@@ -45,6 +45,8 @@ def test_a_search_on_a_live_model_ends_with_values_for_every_trial(result):
     assert [trial.state for trial in result.trials] == ["complete"] * 6
     assert result.trial(result.base).values != result.trial(result.dapt).values
     assert all(trial.standard_errors["domain"] > 0 for trial in result.complete)
+    assert set(result.trial(result.base).gain_standard_errors.values()) == {0.0}
+    assert 0 < result.trial(result.dapt).gain_standard_errors["domain"]
 
 
 def test_a_trials_values_are_those_of_its_exported_checkpoint(result, folder):
@@ -66,6 +68,17 @@ def test_the_front_is_scored_again_on_other_suites_with_both_ends(result):
     scored = rescore(result, [result.config["objectives"]["general"]["suite"]])
     assert set(scored) == {result.base, result.dapt, *(trial.number for trial in front_trials(result))}
     assert scored[result.base]["general_text"].score == result.trial(result.base).values["general"]
+
+
+def test_a_recipe_that_was_scored_is_neither_merged_nor_scored_again(result, monkeypatch):
+    from dapt_merge.evaluation import scorer
+    from dapt_merge.merging import ResidentMerger
+
+    suites = [objective["suite"] for objective in result.config["objectives"].values()]
+    monkeypatch.setattr(ResidentMerger, "apply", None)
+    monkeypatch.setattr(scorer, "_answer", None)
+    scored = rescore(result, suites)
+    assert scored[result.dapt]["domain_text"].score == result.trial(result.dapt).values["domain"]
 
 
 def test_the_knee_lies_on_the_front(result):

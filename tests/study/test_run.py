@@ -131,7 +131,14 @@ def test_a_finished_study_does_nothing_more_and_a_larger_budget_goes_on(files):
     assert len(run(files, scorer=again).finished) == 6
     assert again.scored == []
     assert len(run(files, "budget.trials=8", scorer=again).finished) == 8
-    assert len(again.scored) == 2
+    # The base once more: for paired differences, and from the item store where there is a model.
+    assert len([recipe for recipe in again.scored if "weight: 0.0" not in recipe]) == 2
+
+
+def test_a_setting_that_is_refused_leaves_no_folder(files, tmp_path):
+    with pytest.raises(InputError):
+        run(files, "space.method=linaer")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_larger_budget_gives_the_same_trials_as_that_budget_from_the_start(files, tmp_path):
@@ -177,8 +184,8 @@ def test_a_grid_takes_every_point_once_and_needs_no_budget(files):
     }
     del files["budget"]
     result = run(files, "sampler.name=grid")
-    assert len(result.complete) == 5 + 5 * 2
-    assert len({str(trial.params) for trial in result.complete}) == 15
+    assert len(result.complete) == 5 + 5 * 2 - 2  # at weight 0, TIES is the base at any density
+    assert len({trial.recipe for trial in result.complete}) == 13
     assert all(("density" in trial.params) == (trial.params["method"] == "ties") for trial in result.complete)
 
 
