@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,13 +100,18 @@ def _rounded_and_counted(merged: Tensor, start: Tensor, job: TensorJob) -> tuple
     for begin in range(0, merged.numel(), _PIECE_ELEMENTS):
         run = slice(begin, begin + _PIECE_ELEMENTS)
         out_flat[run] = flat[run]
-        unmoved_exact = torch.count_nonzero(flat[run] == from_flat[run]).item()
-        unmoved_rounded = torch.count_nonzero(out_flat[run] == from_flat[run].to(job.out_dtype)).item()
+        unmoved_exactly = _equal_elements(flat[run], from_flat[run])
+        unmoved_rounded = _equal_elements(out_flat[run], from_flat[run].to(job.out_dtype))
         # Rounding is monotonic: whatever equals the start exactly equals it rounded too.
-        updated += flat[run].numel() - int(unmoved_exact)
-        lost += int(unmoved_rounded - unmoved_exact)
+        updated += flat[run].numel() - unmoved_exactly
+        lost += unmoved_rounded - unmoved_exactly
     _refuse_overflow(rounded, job)
     return rounded, RoundingLoss(updated, lost)
+
+
+def _equal_elements(one: Tensor, other: Tensor) -> int:
+    # numpy compares and counts several times faster than torch does on one core.
+    return int(np.count_nonzero(one.float().numpy() == other.float().numpy()))
 
 
 def _refuse_overflow(rounded: Tensor, job: TensorJob) -> None:
