@@ -51,7 +51,7 @@ def natural_order(names: Iterable[str]) -> list[str]:
         >>> natural_order(["h.10.w", "h.2.w"])
         ['h.2.w', 'h.10.w']
     """
-    return sorted(names, key=lambda name: ([(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")], name))
+    return sorted(names, key=lambda name: ([(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")], name))
 
 
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
