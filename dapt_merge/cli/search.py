@@ -92,5 +92,7 @@ def _print_front(result: StudyResult) -> None:
         mark = "  <- knee" if trial.number == chosen else ""
         shown = "the origin" if trial.endpoint == "base" else _gains(trial, result)
         output.print(f"{trial.number:>4}  {trial.label:<48} {shown}{mark}", soft_wrap=True, markup=False)
-    output.print(f"hypervolume {hypervolume(result):.3f} (the two ends alone: 0.21 when they trade)")
-    output.print(f"next: dapt-merge plot {result.folder}   dapt-merge export {result.folder} --pick knee -o OUT")
+    ends = [trial for trial in result.complete if trial.endpoint]
+    output.print(f"hypervolume {hypervolume(result):.3f}; of the two ends alone {hypervolume(result, ends):.3f}")
+    output.print(f"next: dapt-merge plot {result.folder}", soft_wrap=True)
+    output.print(f"      dapt-merge export {result.folder} --pick knee -o OUT", soft_wrap=True)
