@@ -111,6 +111,12 @@ class ResidentMerger:
 def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Return name → the model's own tensor; every tensor of the model is covered, a tied one under one name."""
     state = model.state_dict(keep_vars=True)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise InputError(
+            "the model has no memory for its weights (it is on the meta device)",
+            where="the live model",
+            remedy="Build it on the device that it will run on.",
+        )
     missing = [name for name in names if name not in state]
     covered = {state[name].data_ptr() for name in names if name in state}
     extra = [name for name, tensor in state.items() if name not in names and tensor.data_ptr() not in covered]

@@ -149,6 +149,12 @@ def test_a_live_model_of_another_shape_is_refused(models):
         ResidentMerger(narrower, {"base": base})
 
 
+def test_a_live_model_without_memory_is_refused(models):
+    base = open_checkpoint(models["base"])
+    with pytest.raises(InputError, match="meta device"):
+        ResidentMerger(model_from_config(base, torch.float32).to("meta"), {"base": base})
+
+
 def test_a_recipe_with_a_checkpoint_that_is_not_loaded_is_refused(models):
     checkpoints = {"base": open_checkpoint(models["base"]), "checkpoint-10": open_checkpoint(models["one"])}
     merger = ResidentMerger(model_from_config(checkpoints["base"], torch.float32), checkpoints)
