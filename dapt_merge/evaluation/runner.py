@@ -108,7 +108,9 @@ def load_causal_lm(source: str | Path, *, dtype: str = "auto", device: str | Non
         raise InputError(f"unknown dtype '{dtype}'.{nearest(dtype, DTYPES)}", remedy=f"Known: {', '.join(DTYPES)}.")
     _refuse_missing(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except Exception as error:
         raise _unreadable("model", source, error) from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
