@@ -92,4 +92,5 @@ class _Terminal:
         from dapt_merge.cli.console import console
         from dapt_merge.reports.table import to_rich
 
-        console.print(to_rich(report.rows, report.axes, title="Report items"))
+        for table in to_rich(report.rows, report.axes, title="Report items"):
+            console.print(table)

@@ -227,7 +227,7 @@ def _export_chapter(options: DemoOptions, data: DemoData, report: Report, tell: 
     knee = next((row for row in report.rows if row.role == "knee"), None)
     pick = "knee" if knee is None or knee.trial is None else str(knee.trial)
     if not (folder / "config.json").is_file():
-        with tell.progress("writing", "tensors") as on_progress:
+        with tell.progress("writing", "weights") as on_progress:
             export_trial(study, pick, folder, on_progress=on_progress)
     tell.say(f"trial {pick} written to {folder}")
     dtype = evaluation_dtype(study.config.get("dtype", "auto"), None)

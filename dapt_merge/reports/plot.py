@@ -165,20 +165,24 @@ def _draw_row(axes: Any, picture: FrontPicture, row: Row, colours: dict[str, tup
 
 
 def _label_rows(axes: Any, picture: FrontPicture) -> None:
-    offsets = {"base": (8, 8, "left"), "dapt": (8, 8, "left"), "knee": (12, 10, "left")}
+    """Name the ends and the knee, each on the side of its point that has room."""
+    across = [row.gains[picture.general_axis].estimate for row in picture.rows]
+    middle = (min(across) + max(across)) / 2
     for row in picture.rows:
-        if row.role in offsets:
-            dx, dy, side = offsets[row.role]
-            axes.annotate(
-                row.label if row.role != "knee" else f"knee: {row.label}",
-                (row.gains[picture.general_axis].estimate, row.gains[picture.domain_axis].estimate),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=side,
-                fontsize=9,
-                fontweight="bold" if row.role == "knee" else "normal",
-                zorder=4,
-            )
+        if row.role not in ("base", "dapt", "knee"):
+            continue
+        x, y = row.gains[picture.general_axis].estimate, row.gains[picture.domain_axis].estimate
+        on_the_left = x > middle and row.role == "knee"
+        axes.annotate(
+            f"knee: {row.label}" if row.role == "knee" else row.label,
+            (x, y),
+            xytext=(-10 if on_the_left else 10, 10),
+            textcoords="offset points",
+            ha="right" if on_the_left else "left",
+            fontsize=9,
+            fontweight="bold" if row.role == "knee" else "normal",
+            zorder=4,
+        )
 
 
 def _legend(axes: Any, picture: FrontPicture, colours: dict[str, tuple[str, str]]) -> None:

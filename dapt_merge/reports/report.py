@@ -18,7 +18,7 @@ from dapt_merge.errors import InputError
 from dapt_merge.reports.plot import FrontPicture, TrialPoint
 from dapt_merge.reports.rows import Axis, Gain, Role, Row, build_row
 from dapt_merge.reports.table import CAPTION, to_markdown
-from dapt_merge.reports.verdict import verdict
+from dapt_merge.reports.verdict import control_sentence, verdict
 
 if TYPE_CHECKING:
     from dapt_merge.evaluation.statistics import Scores
@@ -118,8 +118,15 @@ def build_report(
         items=items,
         held_out=held_out,
         of_trials=len(study.finished),
-        verdict=tuple(verdict(rows, domain, general)),
+        verdict=(*verdict(rows, domain, general), *_control(rows, axes, domain)),
     )
+
+
+def _control(rows: Sequence[Row], axes: Sequence[Axis], domain: Axis) -> list[str]:
+    """A recorded suite named `control` (or `report-control`) is read as the control of the domain gain."""
+    return [
+        control_sentence(rows, domain, axis) for axis in axes if axis.name == "control" and axis.metric == domain.metric
+    ]
 
 
 def save_report(report: Report, folder: str | Path) -> Path:

@@ -10,8 +10,6 @@ from dapt_merge.reports.rows import Axis, Gain, Row
 if TYPE_CHECKING:
     from rich.table import Table
 
-_ROLE_MARK = {"base": "base", "dapt": "DAPT", "knee": "★ knee", "front": "front", "trial": ""}
-
 
 def heading(axis: Axis) -> str:
     """Column heading: what is measured and in which unit."""
@@ -23,10 +21,10 @@ def cells(rows: Sequence[Row], axes: Sequence[Axis]) -> list[list[str]]:
 
     The base's line shows scores (there is nothing to gain over itself), every other line gains over the base.
     """
-    lines = [["", "model", *(heading(axis) for axis in axes)]]
+    lines = [["model", *(heading(axis) for axis in axes)]]
     for row in rows:
         values = [_score(row, axis) if row.role == "base" else _gain(row.gains[axis.name], axis) for axis in axes]
-        lines.append([_ROLE_MARK[row.role], row.label, *values])
+        lines.append([f"★ {row.label}" if row.role == "knee" else row.label, *values])
     return lines
 
 
@@ -38,20 +36,33 @@ def to_markdown(rows: Sequence[Row], axes: Sequence[Axis]) -> str:
     return "\n".join(out) + "\n"
 
 
-def to_rich(rows: Sequence[Row], axes: Sequence[Axis], *, title: str) -> Table:
-    """The table for a terminal; columns fold rather than vanish on a narrow one."""
+def to_rich(rows: Sequence[Row], axes: Sequence[Axis], *, title: str) -> list[Table]:
+    """The table for a terminal, as one table a unit, so that each fits 80 columns; on narrower ones cells fold."""
     from rich.table import Table
 
-    first, *rest = cells(rows, axes)
-    table = Table(title=title, title_justify="left", caption_justify="left", caption=CAPTION)
-    for index, name in enumerate(first):
-        table.add_column(name, overflow="fold", justify="left" if index < 2 else "right")
-    for row, line in zip(rows, rest, strict=True):
-        table.add_row(*line, style="bold" if row.role == "knee" else None)
-    return table
+    tables = []
+    for unit in dict.fromkeys(axis.unit for axis in axes):
+        shown = [axis for axis in axes if axis.unit == unit]
+        table = Table(title=f"{title}, in {unit}", title_justify="left", expand=False)
+        first, *rest = cells(rows, shown)
+        for index, name in enumerate(first):
+            heading_text = shown[index - 1].name if index else name
+            table.add_column(heading_text, overflow="fold", justify="right" if index else "left")
+        for row, line in zip(rows, rest, strict=True):
+            table.add_row(*(_folded(cell) for cell in line), style="bold" if row.role == "knee" else None)
+        tables.append(table)
+    tables[-1].caption, tables[-1].caption_justify = CAPTION, "left"
+    return tables
 
 
-CAPTION = "base: its score; others: gain over the base, + is better, [95% paired bootstrap]; ° = within noise"
+def _folded(cell: str) -> str:
+    """The interval under its estimate, the checkpoint under its recipe: half the width."""
+    return cell.replace(" · ", "\n").replace(" [", "\n[", 1)
+
+
+CAPTION = (
+    "★ the knee; base: its score; others: gain over the base, + is better, [95% paired bootstrap]; ° = within noise"
+)
 
 
 def _score(row: Row, axis: Axis) -> str:

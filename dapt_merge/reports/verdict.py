@@ -36,6 +36,24 @@ def verdict(rows: Sequence[Row], domain: Axis, general: Axis) -> list[str]:
     return sentences
 
 
+def control_sentence(rows: Sequence[Row], domain: Axis, control: Axis) -> str:
+    """Say how much of DAPT's domain gain a control shows too, where there is nothing to know but form.
+
+    Args:
+        rows: the report's rows.
+        domain: the axis of the domain objective.
+        control: an axis of texts with the domain's form and shuffled content, in the same unit.
+    """
+    dapt = next(row for row in rows if row.role == "dapt")
+    gain = dapt.gains[control.name]
+    if not gain.beyond_noise or gain.estimate <= 0:
+        return f"On the control (the same form, shuffled content) DAPT shows {_change(gain, control)}: the gain is content."
+    return (
+        f"On the control (the same form, shuffled content) DAPT has {_change(gain, control)} too, against "
+        f"{dapt.gains[domain.name].estimate:+.3f} on the domain: that much can be learnt from form alone."
+    )
+
+
 def _change(gain: Gain, axis: Axis) -> str:
     size = f"{abs(gain.estimate):.3f} {axis.unit}" if axis.scale == 1 else f"{abs(gain.estimate):.1f} {axis.unit}"
     places = 3 if axis.scale == 1 else 1
@@ -58,7 +76,10 @@ def _kept(knee: Row) -> str:
 def _given_back(knee: Row) -> str:
     if knee.general_loss_given_back is None:
         return "DAPT's general loss is not beyond noise, so no share of it can be stated"
-    return f"gives back {_share(knee.general_loss_given_back)} of the general loss"
+    share = knee.general_loss_given_back
+    if share.low > 1:
+        return f"gives back all of the general loss and gains beyond it ({_share(share)})"
+    return f"gives back {_share(share)} of the general loss"
 
 
 def _balance(knee: Row, domain: Axis, general: Axis) -> str:

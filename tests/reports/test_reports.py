@@ -12,7 +12,7 @@ from dapt_merge.evaluation.items import TaskItems
 from dapt_merge.reports.plot import FrontPicture, TrialPoint, save_front
 from dapt_merge.reports.rows import Axis, build_row
 from dapt_merge.reports.table import to_markdown, to_rich
-from dapt_merge.reports.verdict import verdict
+from dapt_merge.reports.verdict import control_sentence, verdict
 
 DOMAIN = Axis("domain", "domain", "bits_per_byte", ("domain_bpb",))
 GENERAL = Axis("general", "general", "bits_per_byte", ("general_bpb",))
@@ -79,6 +79,16 @@ def test_the_verdict_states_the_shares_and_both_comparisons(rows):
     assert "still costs" in text
 
 
+def test_a_control_that_gains_as_much_is_told(rows):
+    control = Axis("control", "domain", "bits_per_byte", ("domain_bpb",))
+    base, dapt = scores(2.0, 1.0, 0.3, noise=0.05, seed=1), scores(1.5, 1.2, 0.6, noise=0.05, seed=2)
+    told = [build_row("DAPT", "dapt", 1, dapt, base, dapt, [DOMAIN, control])]
+    assert "from form alone" in control_sentence(told, DOMAIN, control)
+    nothing = Axis("control", "domain", "bits_per_byte", ("general_bpb",))
+    flat = [build_row("DAPT", "dapt", 1, dapt, base, dapt, [DOMAIN, nothing])]
+    assert "the gain is content" in control_sentence(flat, DOMAIN, nothing)
+
+
 def test_the_verdict_claims_nothing_within_noise():
     base, dapt = scores(2.0, 1.0, 0.3, noise=2.0, seed=1), scores(1.99, 1.01, 0.3, noise=2.0, seed=2)
     rows = [
@@ -111,7 +121,8 @@ def test_the_table_loses_no_column_on_any_terminal(rows, width):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width)
-    console.print(to_rich(rows, [DOMAIN, GENERAL, QUIZ], title="Report"))
+    for table in to_rich(rows, [DOMAIN, GENERAL, QUIZ], title="Report"):
+        console.print(table)
     text = "".join(console.file.getvalue().split())
     for part in ("domain", "general", "quiz", "linear"):
         assert part in text
