@@ -47,7 +47,8 @@ def control_sentence(rows: Sequence[Row], domain: Axis, control: Axis) -> str:
     dapt = next(row for row in rows if row.role == "dapt")
     gain = dapt.gains[control.name]
     if not gain.beyond_noise or gain.estimate <= 0:
-        return f"On the control (the same form, shuffled content) DAPT shows {_change(gain, control)}: the gain is content."
+        shown = _change(gain, control)
+        return f"On the control (the same form, shuffled content) DAPT shows {shown}: the gain is content."
     return (
         f"On the control (the same form, shuffled content) DAPT has {_change(gain, control)} too, against "
         f"{dapt.gains[domain.name].estimate:+.3f} on the domain: that much can be learnt from form alone."
