@@ -44,6 +44,17 @@ def tensor_group(name: str) -> TensorGroup:
     return TensorGroup(layer=int(found.group(1)) if found else None, kind=kind)
 
 
+def with_layer(name: str, layer: int) -> str:
+    """Return the name that a layer's tensor has in another layer.
+
+    Example:
+        >>> with_layer("model.layers.3.mlp.up_proj.weight", 12)
+        'model.layers.12.mlp.up_proj.weight'
+    """
+    found = _LAYER.search(name)
+    return name if found is None else f"{name[: found.start(1)]}{layer}{name[found.end(1) :]}"
+
+
 def natural_order(names: Iterable[str]) -> list[str]:
     """Sort names with their numbers as numbers, so that layer 2 comes before layer 10.
 

@@ -46,8 +46,13 @@ class Agreement:
     tied_head: str | None = None
 
 
-def agree(checkpoints: Sequence[Checkpoint]) -> Agreement:
+def agree(checkpoints: Sequence[Checkpoint], *, by_layer: bool = False) -> Agreement:
     """Check that the checkpoints can be merged; the first is the one that the others are held against.
+
+    Args:
+        checkpoints: the inputs, one or more.
+        by_layer: single layers will be picked from them: they may differ in how many they have, and only the picked
+            tensors are compared, by whoever picks them.
 
     Raises:
         InputError: configurations, vocabularies, tensor names or shapes differ; both values are named.
@@ -55,7 +60,7 @@ def agree(checkpoints: Sequence[Checkpoint]) -> Agreement:
     first, others = checkpoints[0], checkpoints[1:]
     warnings: list[str] = []
     for other in others:
-        _check_configs(first, other)
+        _check_configs(first, other, () if not by_layer else ("num_hidden_layers",))
         warning = check_same_vocabulary(first, other)
         if warning is not None:
             warnings.append(warning)
@@ -66,13 +71,14 @@ def agree(checkpoints: Sequence[Checkpoint]) -> Agreement:
         warnings.append(f"{len(recomputed)} position tables ({recomputed[0]}, …) are not stored by all and left out")
     ignored = {*recomputed, *([tied_head] if tied_head else [])}
     names = tuple(name for name in first.tensors if name not in ignored)
-    for other in others:
+    for other in () if by_layer else others:
         _check_tensors(first, other, ignored)
     return Agreement(names, tuple(warnings), tied_head)
 
 
-def _check_configs(first: Checkpoint, other: Checkpoint) -> None:
-    pairs = [(key, config_value(first.config, *k), config_value(other.config, *k)) for key, k in _MUST_AGREE]
+def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) -> None:
+    stated = [(key, keys) for key, keys in _MUST_AGREE if key not in free]
+    pairs = [(key, config_value(first.config, *keys), config_value(other.config, *keys)) for key, keys in stated]
     rope, other_rope = _rope(first.config), _rope(other.config)
     if rope and other_rope:
         pairs += [(key, rope.get(key), other_rope.get(key)) for key in sorted(rope.keys() | other_rope.keys())]

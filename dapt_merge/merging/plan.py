@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
+from dapt_merge.merging.stacking import StackedTensor, stack_layout, stacked_config
 from dapt_merge.methods.selection import Cutoff
 from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resolve
 
@@ -28,8 +29,9 @@ from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resol
 class TensorJob:
     """One tensor to merge: from which checkpoints, with which parameters, into which dtype.
 
-    `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `cutoffs` are
-    the thresholds of a method that trims over the whole model (see `trimming`).
+    `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `stored` says
+    what the tensor is called in the base (if any) and in each model, in that order; when it is empty, it is called
+    `name` in all of them. `cutoffs` are the thresholds of a method that trims over the whole model (see `trimming`).
     """
 
     name: str
@@ -39,6 +41,13 @@ class TensorJob:
     models: tuple[str, ...]
     parameters: ResolvedParameters
     cutoffs: tuple[Cutoff | None, ...] | None = None
+    stored: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[tuple[str, str], ...]:
+        """What is read: (checkpoint label, tensor name) of the base, if there is one, and of every model."""
+        labels = self.models if self.base is None else (self.base, *self.models)
+        return tuple(zip(labels, self.stored or (self.name,) * len(labels), strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,26 +113,52 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         ['w']
     """
     opened = open_inputs(recipe, checkpoints or {})
-    return plan_from(recipe, opened, agree(list(opened.values())))
+    return plan_from(recipe, opened, agree(list(opened.values()), by_layer=recipe.slices is not None))
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:
     """Plan a merge of checkpoints that are known to belong together."""
     config_from = opened[recipe.references()[0]]
+    if recipe.slices is None:
+        jobs = _whole_model_jobs(recipe, opened, agreement, config_from)
+    else:
+        layout = stack_layout(recipe, opened, agreement)
+        jobs = [_stacked_job(recipe, opened, tensor) for tensor in layout]
+        config_from = config_from.with_config(stacked_config(recipe, opened, config_from.config))
+    warnings = (*recipe_warnings(recipe), *agreement.warnings)
+    if agreement.tied_head and config_from.config:
+        config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
+    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from)
+
+
+def _whole_model_jobs(
+    recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement, config_from: Checkpoint
+) -> list[TensorJob]:
     base = recipe.merge_base()
     models = tuple(_spelled_in(opened, model) for model in recipe.task_models())
     jobs = []
     for name in agreement.names:
         info = config_from.tensors[name]
-        out_dtype = info.dtype
-        if info.dtype.is_floating_point and recipe.output_dtype is not None:
-            out_dtype = parse_dtype(recipe.output_dtype)
         parameters = resolve(recipe, name, tensor_group(name).layer, config_from.num_layers)
-        jobs.append(TensorJob(name, info.shape, out_dtype, base, models, parameters))
-    warnings = (*recipe_warnings(recipe), *agreement.warnings)
-    if agreement.tied_head and config_from.config:
-        config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
-    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from)
+        jobs.append(TensorJob(name, info.shape, _out_dtype(recipe, info), base, models, parameters))
+    return jobs
+
+
+def _stacked_job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: StackedTensor) -> TensorJob:
+    part = tensor.part
+    labels = tuple(_spelled_in(opened, source.model) for source in part.inputs)
+    info = opened[labels[0]].tensors[tensor.stored[0]]
+    models = labels if part.base is None else labels[1:]
+    parameters = resolve(
+        recipe, tensor.name, tensor.depth, part.layers, part=part, stored_names=tensor.stored[-len(models) :]
+    )
+    base = None if part.base is None else labels[0]
+    return TensorJob(tensor.name, info.shape, _out_dtype(recipe, info), base, models, parameters, stored=tensor.stored)
+
+
+def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
+    keeps = not info.dtype.is_floating_point or recipe.output_dtype is None
+    return info.dtype if keeps else parse_dtype(str(recipe.output_dtype))
 
 
 def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

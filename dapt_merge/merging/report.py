@@ -113,8 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
-    sources = [*([job.base] if job.base is not None else []), *job.models]
-    return sum(plan.checkpoints[label].tensors[job.name].nbytes for label in sources)
+    return sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in job.reads)
 
 
 def _rounding_warnings(loss: RoundingLoss) -> list[str]:

@@ -78,9 +78,9 @@ def merge_to_disk(
 def _merge_and_write(plan: MergePlan, job: TensorJob, writer: CheckpointWriter) -> TensorOutcome:
     merged = merge_tensor(job, plan.read, plan.recipe.seed)
     writer.write(job.name, merged.tensor)
-    for checkpoint in plan.checkpoints.values():
+    for label, stored in job.reads:
         # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
-        checkpoint.digest(job.name)
+        plan.checkpoints[label].digest(stored)
     return TensorOutcome.of(job, merged, tensor_digest(merged.tensor))
 
 

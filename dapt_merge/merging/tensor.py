@@ -65,8 +65,8 @@ def merge_tensor(
     Raises:
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
-    base = None if job.base is None else read(job.base, job.name)
-    models = [read(label, job.name) for label in job.models]
+    inputs = [read(label, stored) for label, stored in job.reads]
+    base, models = (None, inputs) if job.base is None else (inputs[0], inputs[1:])
     context = TensorContext(
         job.name,
         seed=seed,

@@ -21,7 +21,7 @@ def settle_cutoffs(plan: MergePlan) -> MergePlan:
     Raises:
         InputError: trimming over the whole model was asked for, with different densities in different tensors.
     """
-    asking = [job for job in plan.jobs if _trims_over_the_model(plan, job)]
+    asking = [job for job in plan.jobs if _trims_over_the_model(job)]
     if not asking:
         return plan
     densities: set[tuple[float, ...]] = {_densities(job) for job in asking}
@@ -36,16 +36,15 @@ def settle_cutoffs(plan: MergePlan) -> MergePlan:
     return replace(plan, jobs=tuple(replace(job, cutoffs=cutoffs.get(job.name)) for job in plan.jobs))
 
 
-def _trims_over_the_model(plan: MergePlan, job: TensorJob) -> bool:
-    is_float = plan.config_from.tensors[job.name].dtype.is_floating_point
-    return is_float and job.parameters.values.get("trim_scope") == "model"
+def _trims_over_the_model(job: TensorJob) -> bool:
+    return job.out_dtype.is_floating_point and job.parameters.values.get("trim_scope") == "model"
 
 
 def _operands(plan: MergePlan, job: TensorJob) -> Operands:
     assert job.base is not None
     context = TensorContext(job.name, base_label=job.base, model_labels=job.models)
-    models = tuple(plan.read(label, job.name) for label in job.models)
-    return Operands(plan.read(job.base, job.name), models, context)
+    base, *models = (plan.read(label, stored) for label, stored in job.reads)
+    return Operands(base, tuple(models), context)
 
 
 def _densities(job: TensorJob) -> tuple[float, ...]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dapt_merge.recipe.parts import INERT_PARAMETERS, Part
 from dapt_merge.recipe.resolving import resolve
-from dapt_merge.recipe.schema import INERT_PARAMETERS, Recipe
+from dapt_merge.recipe.schema import Recipe
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
@@ -26,31 +27,40 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 
 
 def _inert_parameters(recipe: Recipe) -> Iterator[str]:
-    blocks = [recipe.parameters, *(entry.parameters for entry in recipe.models)]
+    blocks = [recipe.parameters, *(slice_.parameters for slice_ in recipe.slices or ())]
+    blocks += [dict(entry.parameters) for part in recipe.parts for entry in (*part.models, *part.unweighted)]
     for name in INERT_PARAMETERS:
         if any(name in block for block in blocks):
             yield f"'{name}' has no effect here: it saves memory in mergekit and does not change the result."
 
 
 def _overruled_settings(recipe: Recipe) -> Iterator[str]:
-    """Settings that no tensor can ever reach: the base's own, and global ones that every model overrules."""
-    entries = recipe.task_entries()
-    for index, entry in enumerate(recipe.models):
-        if entry.parameters and not any(entry.model == task.model for task in entries):
-            yield (
-                f"models.{index}.parameters has no effect: '{entry.model}' is the base, and {recipe.merge_method}"
-                " weights only the models' differences from it."
-            )
+    """Settings that no tensor can ever reach: the base's own, and shared ones that every model overrules."""
+    for part in recipe.parts:
+        for entry in part.unweighted:
+            if entry.parameters:
+                yield (
+                    f"{entry.where}.parameters has no effect: '{entry.model}' is the base, and {recipe.merge_method}"
+                    " weights only the models' differences from it."
+                )
     for parameter in recipe.method.parameters:
         name = parameter.name
-        if not parameter.per_model or name not in recipe.parameters:
-            continue
-        own = [recipe.clauses[name][i] for i, entry in enumerate(entries) if name in entry.parameters]
-        if len(own) == len(entries) and all(_fits_all_before_default(entry.parameters[name]) for entry in entries):
-            yield f"parameters.{name} has no effect: every model has its own '{name}'."
+        blocks = [slice_.parameters for slice_ in recipe.slices or ()] or [{}]
+        if name in recipe.parameters and all(
+            _fits_all_before_default(block.get(name)) or (parameter.per_model and _all_have_their_own(part, name))
+            for part, block in zip(recipe.parts, blocks, strict=True)
+        ):
+            who = "slice" if recipe.slices else "model"
+            yield f"parameters.{name} has no effect: every {who} has its own '{name}'."
+
+
+def _all_have_their_own(part: Part, name: str) -> bool:
+    return all(_fits_all_before_default(entry.parameters.get(name)) for entry in part.models)
 
 
 def _fits_all_before_default(setting: object) -> bool:
+    if setting is None:
+        return False
     conditions = [setting] if isinstance(setting, dict) else setting
     if not isinstance(conditions, list) or not any(isinstance(entry, dict) for entry in conditions):
         return True
@@ -65,31 +75,32 @@ def _dead_knobs(recipe: Recipe) -> Iterator[str]:
     if recipe.method.dead_knobs is None:
         return
     found: dict[str, list[str]] = {}
-    places = list(_places(recipe))
-    for place, name, layer in places:
-        values = resolve(recipe, name, layer, 2).values
-        for message in recipe.method.dead_knobs(values, len(recipe.task_models())):
+    places = [place for index, part in enumerate(recipe.parts) for place in _places(recipe, part, index)]
+    for place, part, name, layer in places:
+        values = resolve(recipe, name, layer, 2, part=part).values
+        for message in recipe.method.dead_knobs(values, len(part.models)):
             found.setdefault(message, []).append(place)
     for message, held_at in found.items():
         yield message if len(held_at) == len(places) else f"{message} (in {', '.join(dict.fromkeys(held_at))})"
 
 
-def _places(recipe: Recipe) -> Iterator[tuple[str, str, int]]:
-    """Yield (description, tensor name, layer of two) for each filter, and for tensors that fit none, at both ends."""
-    chains = [chain for per_model in recipe.clauses.values() for chain in per_model]
+def _places(recipe: Recipe, part: Part, index: int) -> Iterator[tuple[str, Part, str, int]]:
+    """Yield (description, part, tensor name, layer of two) for each filter, and for what fits none, at both ends."""
+    chains = [chain for per_model in part.clauses.values() for chain in per_model]
     filters = dict.fromkeys(clause.filter for chain in chains for clause in chain if clause.filter is not None)
     fits_none = "\x00"
     names = [*filters, fits_none] if all(any(c.fits(fits_none) for c in chain) for chain in chains) else [*filters]
+    of_what = "" if recipe.slices is None else f" of slice {index}"
     for name in names:
         if not all(any(clause.fits(name) for clause in chain) for chain in chains):
             continue
         kind = "the other tensors" if name == fits_none else f"tensors named like '{name}'"
         for layer, end in ((0, "first"), (1, "last")):
-            yield f"{kind} of the {end} layer", name, layer
+            yield f"{kind} of the {end} layer{of_what}", part, name, layer
 
 
 def _linear_complement(recipe: Recipe) -> Iterator[str]:
-    if recipe.merge_method != "linear" or recipe.merge_base() is None or "weight" not in recipe.parameters:
+    if recipe.merge_method != "linear" or recipe.parts[0].base is None or "weight" not in recipe.parameters:
         return
     yield (
         f"linear with base_model '{recipe.base_model}' not among the models moves from the base towards them and leaves"
@@ -101,7 +112,7 @@ def _linear_complement(recipe: Recipe) -> Iterator[str]:
 def _outer_gradients(recipe: Recipe) -> Iterator[str]:
     if recipe.gradient_outer is not None:
         return
-    for name, chains in recipe.clauses.items():
+    for name, chains in recipe.parts[-1].clauses.items():
         for tensor_name in ("lm_head.weight", "model.norm.weight"):
             for chain in chains:
                 clause = next((clause for clause in chain if clause.fits(tensor_name)), None)

@@ -13,7 +13,8 @@ from typing import Any
 import xxhash
 
 from dapt_merge.errors import InputError
-from dapt_merge.recipe.schema import Recipe, same_model
+from dapt_merge.recipe.parts import Part, PartInput, same_model
+from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import Clause
 
 # Counts up when the meaning of a recipe changes, so that results kept under older fingerprints are not taken for new.
@@ -38,23 +39,39 @@ def recipe_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
 
 
 def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
-    base = recipe.merge_base()
-    clauses = {
-        name: [[_clause(clause) for clause in chain] for chain in chains] for name, chains in recipe.clauses.items()
-    }
-    has_gradients = any(c.is_gradient for chains in recipe.clauses.values() for chain in chains for c in chain)
-    return {
+    chains = [chain for part in recipe.parts for per_model in part.clauses.values() for chain in per_model]
+    has_gradients = any(clause.is_gradient for chain in chains for clause in chain)
+    content: dict[str, Any] = {
         "version": _VERSION,
         "method": recipe.merge_method,
-        "base": None if base is None else _content(base, inputs),
         # Whose configuration and tokenizer the output carries.
         "config": _content(recipe.references()[0], inputs),
-        "models": [_content(model, inputs) for model in recipe.task_models()],
-        "parameters": clauses,
         "gradient_outer": (recipe.gradient_outer or "last") if has_gradients else None,
         "output_dtype": recipe.output_dtype,
         "seed": recipe.seed if recipe.method.random else None,
     }
+    if recipe.slices is None:
+        return content | _canonical_part(recipe.parts[0], inputs)
+    return content | {
+        "slices": [
+            {**_canonical_part(part, inputs), "ranges": [_layers(source, part) for source in part.inputs]}
+            for part in recipe.parts
+        ]
+    }
+
+
+def _canonical_part(part: Part, inputs: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "base": None if part.base is None else _content(part.base.model, inputs),
+        "models": [_content(source.model, inputs) for source in part.models],
+        "parameters": {
+            name: [[_clause(clause) for clause in chain] for chain in chains] for name, chains in part.clauses.items()
+        },
+    }
+
+
+def _layers(source: PartInput, part: Part) -> list[int]:
+    return [source.first_layer, source.first_layer + (part.layers or 0)]
 
 
 def _clause(clause: Clause) -> list[Any]:

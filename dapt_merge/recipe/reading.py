@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method
-from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, ModelInput, Recipe
+from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, ModelInput, Recipe, Slice, SliceSource
 
 # A recipe is a page of text; anything of this size is another file given by mistake.
 _LARGEST_FILE_BYTES = 2**20
@@ -129,16 +129,34 @@ def _full_path(key: str, content: Mapping[str, Any]) -> list[str]:
             remedy=f"Give a key of the recipe ({', '.join(Recipe.model_fields)}) or a parameter of {method}"
             f" ({', '.join(names)}).",
         )
-    models = content.get("models")
-    entries = list(enumerate(models)) if isinstance(models, list) else []
-    own = [index for index, entry in entries if isinstance(entry, dict) and first in (entry.get("parameters") or {})]
+    own = [path for path in _parameter_blocks(content) if first in (_at(content, path).get("parameters") or {})]
     if len(own) > 1:
         raise InputError(
             f"{len(own)} models have their own '{first}', so '{key}=…' does not say which to change",
             where=key,
-            remedy=f"Name one: {', '.join(f'models.{index}.parameters.{first}=…' for index in own)}.",
+            remedy=f"Name one: {', '.join('.'.join([*path, 'parameters', first]) + '=…' for path in own)}.",
         )
-    return ["models", str(own[0]), "parameters", first] if own else ["parameters", first]
+    return [*own[0], "parameters", first] if own else ["parameters", first]
+
+
+def _parameter_blocks(content: Mapping[str, Any]) -> list[list[str]]:
+    """Return the paths of all mappings below the top level that may have `parameters`: models, slices, sources."""
+    paths = []
+    for key in ("models", "slices"):
+        entries = content.get(key)
+        for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, dict):
+                paths.append([key, str(index)])
+                sources = entry.get("sources")
+                listed = enumerate(sources if isinstance(sources, list) else ())
+                paths += [[key, str(index), "sources", str(i)] for i, source in listed if isinstance(source, dict)]
+    return [path for path in paths if isinstance(_at(content, path).get("parameters") or {}, Mapping)]
+
+
+def _at(content: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        content = content[int(part)] if isinstance(content, list) else content[part]
+    return content
 
 
 def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
@@ -230,12 +248,10 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
         beside = folder / expanded
         return os.path.normpath(beside) if beside.exists() else reference
 
-    if "base_model" in content:
-        content["base_model"] = located(content["base_model"])
-    entries = content.get("models")
-    for entry in entries if isinstance(entries, list) else ():
-        if isinstance(entry, dict) and "model" in entry:
-            entry["model"] = located(entry["model"])
+    for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
+        for key in ("base_model", "model"):
+            if key in entry and not (entry is content and key == "model"):
+                entry[key] = located(entry[key])
 
 
 def _refuse_unsupported(content: Mapping[str, Any]) -> None:
@@ -249,10 +265,10 @@ def _explained(error: ValidationError, origin: str) -> InputError:
     finding = min(error.errors(include_url=False), key=lambda finding: finding["type"] != "extra_forbidden")
     path = [str(part) for part in finding["loc"]]
     where = f"{origin}: {'.'.join(path)}" if path else origin
-    fields = ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields
+    fields = _fields_at(path)
     if finding["type"] == "extra_forbidden":
         remedy = f"Known keys here: {', '.join(fields)}."
-        if fields is ModelInput.model_fields and path[-1] in ("weight", "density"):
+        if fields is not Recipe.model_fields and path[-1] in ("weight", "density"):
             remedy = f"Put it under the model's 'parameters:' ({'.'.join([*path[:-1], 'parameters', path[-1]])})."
         return InputError(f"unknown key '{path[-1]}'.{nearest(path[-1], list(fields))}", where=where, remedy=remedy)
     if finding["type"] == "missing":
@@ -266,6 +282,13 @@ def _explained(error: ValidationError, origin: str) -> InputError:
         )
     message = finding["msg"].removeprefix("Value error, ")
     return InputError(f"{message} (found {reprlib.repr(given)})", where=where, remedy="Correct the value.")
+
+
+def _fields_at(path: Sequence[str]) -> Mapping[str, Any]:
+    """Return the keys that are known where a finding lies."""
+    if path[:1] == ["slices"] and len(path) > 2:
+        return SliceSource.model_fields if path[2:3] == ["sources"] and len(path) > 4 else Slice.model_fields
+    return ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields
 
 
 _EXPECTED = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Method
+from dapt_merge.recipe.parts import Part
 from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import Clause, Scalar
 
@@ -28,13 +29,25 @@ class ResolvedParameters:
     values: dict[str, object]
 
 
-def resolve(recipe: Recipe, name: str, layer: int | None, num_layers: int | None) -> ResolvedParameters:
+def resolve(
+    recipe: Recipe,
+    name: str,
+    layer: int | None,
+    num_layers: int | None,
+    *,
+    part: Part | None = None,
+    stored_names: Sequence[str] = (),
+) -> ResolvedParameters:
     """Return the parameter values of `recipe` for the tensor `name`.
 
     Args:
         name: the tensor's name, for example `model.layers.3.mlp.up_proj.weight`.
         layer: its layer, counted from 0; None for embeddings, the final norm and the head.
         num_layers: how many layers the model has; needed only where a gradient meets a layer's tensor.
+        part: which of `recipe.parts` the tensor belongs to (default: the first). With slices, `layer` and `num_layers`
+            are counted within the slice.
+        stored_names: what the tensor is called in each of the part's models, where that differs from `name`: filters
+            of per-model parameters look at these.
 
     Raises:
         InputError: no clause of a required parameter fits the tensor, or the number of layers is needed and unknown.
@@ -48,10 +61,13 @@ def resolve(recipe: Recipe, name: str, layer: int | None, num_layers: int | None
         0.5
     """
     values: dict[str, object] = {}
+    clauses = (part or recipe.parts[0]).clauses
     for parameter in recipe.method.parameters:
-        chains = recipe.clauses[parameter.name]
+        chains = clauses[parameter.name]
+        names = stored_names if parameter.per_model and stored_names else (name,) * len(chains)
         picked = tuple(
-            _value(_first_fitting(chain, parameter.name, name), recipe, name, layer, num_layers) for chain in chains
+            _value(_first_fitting(chain, parameter.name, stored), recipe, name, layer, num_layers)
+            for chain, stored in zip(chains, names, strict=True)
         )
         values[parameter.name] = picked if parameter.per_model else picked[0]
     return ResolvedParameters(recipe.method, values)

@@ -37,11 +37,12 @@ def test_the_overrides_of_its_command_are_accepted(path):
     header = path.read_text("utf-8").split("merge_method:")[0]
     command = next(line for line in header.splitlines() if line.startswith("# Run:"))
     overrides = [word for word in command.split() if "=" in word]
-    assert load_recipe(path, overrides).references() == ("BASE", "DAPT")
+    # The command replaces every placeholder by a name in capitals.
+    assert all(reference.isupper() for reference in load_recipe(path, overrides).references())
 
 
 @pytest.mark.parametrize("path", MERGES, ids=lambda path: path.stem)
 def test_mergekit_reads_it_too(path):
     from mergekit.config import MergeConfiguration
 
-    assert MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8"))).models
+    assert MergeConfiguration.model_validate(yaml.safe_load(path.read_text("utf-8"))).referenced_models()

@@ -135,7 +135,8 @@ class TestKeys:
             ),
             ("dtype:", "seed: -1\ndtype:", "greater than or equal to 0", "seed"),
             ("dtype:", "seed: true\ndtype:", "a whole number is expected", "seed"),
-            ("dtype:", "slices: []\ndtype:", "not supported yet", "slices"),
+            ("dtype:", "slices: []\ndtype:", "at least 1", "slices"),
+            ("dtype:", "modules: {}\ndtype:", "not supported yet", "modules"),
             ("dtype:", "tokenizer_source: union\ndtype:", "not supported yet", "tokenizer_source"),
             ("dtype:", "gradient_outer: first\ndtype:", "'last' or 'mergekit'", "gradient_outer"),
         ],
@@ -179,9 +180,9 @@ class TestKeys:
 
     def test_flags_may_be_written_as_numbers_but_not_as_words(self, file):
         text = "merge_method: linear\nmodels: [{model: d}, {model: e}]\nparameters: {weight: 1, normalize: %s}\n"
-        assert load_recipe(file(text % "1.0")).clauses["normalize"][0][0].anchors == (True,)
+        assert load_recipe(file(text % "1.0")).parts[0].clauses["normalize"][0][0].anchors == (True,)
         ties = "merge_method: ties\nbase_model: b\nmodels: [{model: d}]\nparameters: {weight: 1, normalize: 0}\n"
-        assert load_recipe(file(ties)).clauses["normalize"][0][0].anchors == (False,)
+        assert load_recipe(file(ties)).parts[0].clauses["normalize"][0][0].anchors == (False,)
         assert "expected true or false" in told(file(text % "sometimes")).what
 
 

@@ -1,0 +1,261 @@
+"""What a recipe merges with what: one part for whole models, or one for each slice of a stack of layers.
+
+A part has its base, its models and the compiled settings of every parameter, so that whatever comes behind never asks
+again where a setting was written. Precedence: the source's own, the slice's, the recipe's, the method's default. What
+this module does not know: files, how many layers a checkpoint has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dapt_merge.errors import InputError, nearest
+from dapt_merge.methods.contract import Method, Parameter
+from dapt_merge.recipe.settings import Clause, read_setting, truncate
+
+if TYPE_CHECKING:
+    from dapt_merge.recipe.schema import Recipe, Slice
+
+# mergekit's memory switch for a sign mask: it cannot change the result, so it is taken and reported.
+INERT_PARAMETERS = ("int8_mask",)
+Clauses = dict[str, tuple[Clause, ...]]
+
+
+@dataclass(frozen=True)
+class PartInput:
+    """A checkpoint in a part: its reference, the first of its layers that take part, and where the recipe names it."""
+
+    model: str
+    first_layer: int = 0
+    where: str = "base_model"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One merge of some layers, or of whole models.
+
+    Attributes:
+        base: the checkpoint that the method gets as θ₀, or None when it gets no base.
+        models: those that it gets as θ₁…θₙ.
+        clauses: parameter → chains of clauses in order of precedence: one for each of `models`, or one when global.
+        layers: how many layers the slice has; None for whole models.
+        unweighted: entries of the recipe that are the base, so that their own parameters cannot act.
+    """
+
+    base: PartInput | None
+    models: tuple[PartInput, ...]
+    clauses: Mapping[str, tuple[tuple[Clause, ...], ...]]
+    layers: int | None = None
+    unweighted: tuple[PartInput, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[PartInput, ...]:
+        """The base, where there is one, and the models: in the order in which a merge reads them."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+
+def same_model(first: str, second: str | None) -> bool:
+    """Say whether two references name one checkpoint, whatever the spelling of the path (`./base/` and `base`)."""
+    return second is not None and os.path.normpath(first) == os.path.normpath(second)
+
+
+def check_structure(recipe: Recipe) -> None:
+    """Refuse a recipe whose models or slices do not make a merge of its method.
+
+    Raises:
+        InputError: neither or both of `models` and `slices`, a model listed twice, a needed base missing, too few or
+            too many models, sources of a slice with different numbers of layers.
+    """
+    if recipe.slices is not None and recipe.models:
+        raise InputError(
+            "the recipe has both 'models' and 'slices'",
+            where="slices",
+            remedy="Keep one: whole models under 'models', or layer ranges under 'slices'.",
+        )
+    if recipe.slices is None and not recipe.models:
+        given = "models" in recipe.model_fields_set
+        raise InputError(
+            "'models' is empty: at least 1 is needed" if given else "the key 'models' is missing",
+            where="models",
+            remedy="Add 'models:' with a list of checkpoints (or 'slices:' with ranges of their layers).",
+        )
+    if recipe.base_model is not None:
+        _refuse_adapter(recipe.base_model, "base_model")
+    if recipe.slices is None:
+        _check_models(recipe)
+    for index, part in enumerate(recipe.slices or ()):
+        _check_slice(recipe, part, f"slices.{index}")
+
+
+def compile_parts(recipe: Recipe) -> tuple[Part, ...]:
+    """Split a recipe of sound structure into its parts, each with its settings compiled.
+
+    Raises:
+        InputError: an unknown parameter, a value that is missing or out of range, a wrong number of models.
+    """
+    shared = _read_parameters(recipe.parameters, recipe.method, "parameters", own=False)
+    if recipe.slices is None:
+        entries = [PartInput(e.model, 0, f"models.{i}", e.parameters) for i, e in enumerate(recipe.models)]
+        return (_whole_models(recipe, entries, shared),)
+    return tuple(_slice(recipe, part, f"slices.{index}", shared) for index, part in enumerate(recipe.slices))
+
+
+def _whole_models(recipe: Recipe, entries: Sequence[PartInput], shared: Clauses) -> Part:
+    listed = [entry for entry in entries if same_model(entry.model, recipe.base_model)]
+    if recipe.base_is_a_model_like_others:
+        added = [] if listed or recipe.base_model is None else [PartInput(recipe.base_model)]
+        models, base, unweighted = (*entries, *added), None, []
+    else:
+        models = tuple(entry for entry in entries if entry not in listed)
+        base, unweighted = None if recipe.base_model is None else PartInput(recipe.base_model), listed
+    _check_count(recipe.method, len(models), "models")
+    clauses = _compile(recipe.method, models, [shared], [*entries])
+    return Part(base, tuple(models), clauses, unweighted=tuple(unweighted))
+
+
+def _slice(recipe: Recipe, definition: Slice, where: str, shared: Clauses) -> Part:
+    """Compile one slice. As in mergekit, only its own sources take part: a base must be one of them."""
+    method = recipe.method
+    entries = [
+        PartInput(source.model, source.layer_range[0], f"{where}.sources.{i}", source.parameters)
+        for i, source in enumerate(definition.sources)
+    ]
+    named_base = definition.base_model or recipe.base_model
+    averaged = method.base == "unused" or method.name == "linear"
+    listed = [] if averaged else [entry for entry in entries if same_model(entry.model, named_base)]
+    if not listed and method.base == "required":
+        raise InputError(
+            f"{method.name} needs a base in every slice, and none of this one's sources is it"
+            + (f" ('{named_base}')" if named_base else ""),
+            where=f"{where}.sources",
+            remedy="Add the base model with its layer_range to the sources, and name it under 'base_model'.",
+        )
+    if len(listed) > 1:
+        raise InputError(
+            f"the base '{named_base}' is listed twice, so it is open which of its layers the differences start from",
+            where=listed[1].where,
+            remedy="List the base once in a slice.",
+        )
+    models = tuple(entry for entry in entries if entry not in listed)
+    _check_count(method, len(models), f"{where}.sources")
+    own = _read_parameters(definition.parameters, method, f"{where}.parameters", own=False)
+    clauses = _compile(method, models, [own, shared], entries)
+    first, end = definition.sources[0].layer_range
+    return Part(listed[0] if listed else None, models, clauses, end - first, tuple(listed))
+
+
+def _check_models(recipe: Recipe) -> None:
+    for index, entry in enumerate(recipe.models):
+        _refuse_adapter(entry.model, f"models.{index}.model")
+        if any(same_model(entry.model, earlier.model) for earlier in recipe.models[:index]):
+            raise InputError(
+                f"the model '{entry.model}' is listed twice",
+                where=f"models.{index}.model",
+                remedy="List each model once; give it the sum of the weights instead.",
+            )
+    if recipe.base_model is None and recipe.method.base == "required":
+        raise InputError(
+            f"{recipe.method.name} needs a base model and the recipe names none",
+            where="base_model",
+            remedy="Add 'base_model: PATH' (the model that DAPT started from).",
+        )
+
+
+def _check_slice(recipe: Recipe, definition: Slice, where: str) -> None:
+    for index, source in enumerate(definition.sources):
+        _refuse_adapter(source.model, f"{where}.sources.{index}.model")
+        first, end = source.layer_range
+        wanted = definition.sources[0].layer_range[1] - definition.sources[0].layer_range[0]
+        if end - first != wanted:
+            raise InputError(
+                f"this source gives {end - first} layers and the first one of the slice {wanted}",
+                where=f"{where}.sources.{index}.layer_range",
+                remedy="Give every source of a slice the same number of layers.",
+            )
+    if definition.base_model is None:
+        return
+    _refuse_adapter(definition.base_model, f"{where}.base_model")
+    averaged = recipe.method.base == "unused" or recipe.method.name == "linear"
+    if averaged or not any(same_model(source.model, definition.base_model) for source in definition.sources):
+        raise InputError(
+            f"the slice's base_model '{definition.base_model}' has no effect: "
+            + (f"{recipe.method.name} uses no base" if averaged else "it is not one of the slice's sources"),
+            where=f"{where}.base_model",
+            remedy="Remove it." if averaged else "Add it to the sources with its layer_range, or remove it.",
+        )
+
+
+def _check_count(method: Method, count: int, where: str) -> None:
+    least, most = method.min_models, method.max_models
+    if count < least or (most is not None and count > most):
+        wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        raise InputError(
+            f"{method.name} merges {wanted} model(s) besides the base, and the recipe names {count}",
+            where=where,
+            remedy="Change the list of models, or choose another merge_method.",
+        )
+
+
+def _refuse_adapter(reference: str, where: str) -> None:
+    if "+" in reference and not os.path.exists(reference):
+        raise InputError(
+            f"'{reference}' names a model with a LoRA adapter, which is not supported yet",
+            where=where,
+            remedy="Merge the adapter into a full model first (peft: merge_and_unload, then save_pretrained).",
+        )
+
+
+def _compile(
+    method: Method, models: Sequence[PartInput], shared: Sequence[Clauses], entries: Sequence[PartInput]
+) -> dict[str, tuple[tuple[Clause, ...], ...]]:
+    """Return each parameter's chains. The parameters of every entry are checked, of the base too."""
+    own = {e.where: _read_parameters(e.parameters, method, f"{e.where}.parameters", own=True) for e in entries}
+    compiled = {}
+    for parameter in method.parameters:
+        default = () if parameter.default is None else (Clause(None, (parameter.default,)),)
+        rest = (*(clause for block in shared for clause in block.get(parameter.name, ())), *default)
+        sources = [own.get(model.where, {}) for model in models] if parameter.per_model else [{}]
+        chains = tuple(truncate((*source.get(parameter.name, ()), *rest)) for source in sources)
+        for model, chain in zip(models, chains, strict=False):
+            if not chain:
+                raise _missing(parameter, method, model.model if parameter.per_model else None)
+        compiled[parameter.name] = chains
+    return compiled
+
+
+def _read_parameters(raw: Mapping[str, Any], method: Method, where: str, *, own: bool) -> Clauses:
+    """Read one `parameters:` block; `own` says that it belongs to one model."""
+    known = [parameter.name for parameter in method.parameters]
+    clauses = {}
+    for name, value in raw.items():
+        if name in INERT_PARAMETERS:
+            continue
+        parameter = method.parameter(name)
+        if parameter is None:
+            raise InputError(
+                f"{method.name} has no parameter '{name}'.{nearest(name, known)}",
+                where=f"{where}.{name}",
+                remedy=f"Its parameters are: {', '.join(known)}." if known else "It has no parameters.",
+            )
+        if own and not parameter.per_model:
+            raise InputError(
+                f"'{name}' of {method.name} holds for the whole merge, not for one model",
+                where=f"{where}.{name}",
+                remedy=f"Move it to 'parameters.{name}' at the top level of the recipe.",
+            )
+        clauses[name] = read_setting(value, parameter, f"{where}.{name}")
+    return clauses
+
+
+def _missing(parameter: Parameter, method: Method, model: str | None) -> InputError:
+    for_whom = f" for '{model}'" if model else ""
+    return InputError(
+        f"{method.name} needs a value for '{parameter.name}' ({parameter.meaning}) and the recipe gives none{for_whom}",
+        where=f"parameters.{parameter.name}",
+        remedy=f"Add 'parameters: {{{parameter.name}: …}}' to the recipe"
+        + (" or to each model." if parameter.per_model else "."),
+    )
