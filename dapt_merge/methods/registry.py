@@ -19,7 +19,17 @@ from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method, Parameter, Source, Values
 
 ENTRY_POINT_GROUP = "dapt_merge.methods"
-_BUILT_IN = ("averaging", "passthrough", "spherical", "task_arithmetic", "ties", "dare")
+_BUILT_IN = (
+    "averaging",
+    "passthrough",
+    "spherical",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "nuslerp",
+    "spherical_means",
+    "singular_vectors",
+)
 
 _methods: dict[str, Method] = {}
 _loaded = False

@@ -1,0 +1,172 @@
+"""Merging task vectors by their singular vectors: TSV-Merge, Iso-C and Iso-CTS.
+
+The idea: the task vector of a matrix is a sum of directions, each with a strength. Directions of different tasks that
+overlap interfere, and few strong ones drown the many weak ones; so the directions are made orthogonal (TSV), or the
+strengths made equal (Iso). What is not a matrix has no singular vectors: it gets the plain mean of its δᵢ, times λ, as
+in the papers' code, and its notes say so. Only two-dimensional tensors are matrices here.
+
+Singular value decompositions are float32. A direction that the task vectors hardly use is determined by rounding alone,
+whichever library decomposes; where such directions enter a result, its notes give their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dapt_merge.errors import DaptMergeError
+from dapt_merge.methods.averaging import affine_combination
+from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.registry import method
+from dapt_merge.methods.task_arithmetic import LAMBDA
+
+COMMON_FRACTION = Parameter(
+    "common_fraction", 0.8, "share of the directions taken from the sum of all δ", low=0, high=1
+)
+
+
+def decomposed(matrix: Tensor, context: TensorContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U [m, r], the singular values [r], largest first, and Vᵀ [r, n], with r = min(m, n).
+
+    Raises:
+        DaptMergeError: the decomposition does not converge.
+    """
+    try:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise DaptMergeError(
+            "the singular value decomposition of the task vectors failed",
+            where=f"tensor {context.name}",
+            remedy="Merge this model with a method that needs none, such as task_arithmetic or ties.",
+        ) from error
+    return left, values, right
+
+
+def nearest_orthogonal(vectors: Tensor, context: TensorContext) -> Tensor:
+    """Return the matrix of orthonormal columns (or rows, of a wide one) that is nearest: ABᵀ from the SVD AΣBᵀ."""
+    left, values, right = decomposed(vectors, context)
+    _note_undetermined(values, vectors, context)
+    return left @ right
+
+
+def _note_undetermined(values: Tensor, matrix: Tensor, context: TensorContext) -> None:
+    threshold = values[0] * max(matrix.shape) * torch.finfo(values.dtype).eps
+    undetermined = int((values <= threshold).sum())
+    if undetermined:
+        context.notes["undetermined_directions"] = undetermined
+
+
+def _plain_mean(base: Tensor, models: Sequence[Tensor], lambda_: float) -> Tensor:
+    """Return θ₀ + λ·mean of the δᵢ."""
+    share = lambda_ / len(models)
+    return affine_combination([base, *models], [1 - lambda_, *[share] * len(models)])
+
+
+def _copy_at_0(values: Values, count: int, base_given: bool) -> Source | None:
+    return "base" if values["lambda"] == 0 else None
+
+
+def _tsv_copy(values: Values, count: int, base_given: bool) -> Source | None:
+    if count == 1 and values["lambda"] == 1:
+        return 0
+    return _copy_at_0(values, count, base_given)
+
+
+@method("tsv", parameters=(LAMBDA,), reference="arXiv:2412.00081", copy_of=_tsv_copy)
+def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: TensorContext) -> Tensor:
+    """TSV-Merge: θ₀ + λ·U⊥ΣV⊥ᵀ, from the ⌊rank/T⌋ strongest directions of each of T task vectors.
+
+    U, Σ and V hold those directions side by side; U⊥ and V⊥ are the nearest matrices of orthonormal columns, so that
+    the tasks no longer share a direction. One task vector: all its directions are orthogonal already, and this is θ₀ +
+    λδ. A tensor that is not a matrix, or a matrix with fewer rows or columns than there are task vectors, gets the
+    plain mean of the δᵢ, times λ.
+    """
+    if len(models) == 1:
+        return affine_combination([base, models[0]], [1 - lambda_, lambda_])
+    if base.dim() != 2 or min(base.shape) < len(models):
+        context.notes["fallback"] = "average: not a matrix with a direction for each task vector"
+        return _plain_mean(base, models, lambda_)
+    each = min(base.shape) // len(models)
+    parts = [decomposed(torch.sub(model, base), context) for model in models]
+    left = torch.cat([part[0][:, :each] for part in parts], dim=1)
+    values = torch.cat([part[1][:each] for part in parts])
+    right = torch.cat([part[2][:each] for part in parts])
+    update = (nearest_orthogonal(left, context) * values) @ nearest_orthogonal(right, context)
+    return update.mul_(lambda_).add_(base)
+
+
+@method("iso_c", parameters=(LAMBDA,), reference="arXiv:2502.04959 (Iso-C)", copy_of=_copy_at_0)
+def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: TensorContext) -> Tensor:
+    """Iso-C: θ₀ + λ·σ̄·UVᵀ, where UΣVᵀ = Σδᵢ and σ̄ is the mean of its singular values.
+
+    Every direction of the summed task vectors gets the same strength; with one task vector that is so too, and λ = 1
+    does not give the model. A tensor that is not a matrix gets the plain mean of the δᵢ, times λ.
+    """
+    if base.dim() != 2:
+        context.notes["fallback"] = "average: not a matrix"
+        return _plain_mean(base, models, lambda_)
+    summed = _summed_delta(base, models)
+    left, values, right = decomposed(summed, context)
+    if float(values[0]) > 0:
+        _note_undetermined(values, summed, context)
+    return (left @ right).mul_(lambda_ * float(values.double().mean())).add_(base)
+
+
+def _dead_common_fraction(values: Values, count: int) -> list[str]:
+    if count == 1:
+        return ["common_fraction: one task vector has no space apart from the common one; iso_cts is iso_c"]
+    return []
+
+
+@method(
+    "iso_cts",
+    parameters=(LAMBDA, COMMON_FRACTION),
+    reference="arXiv:2502.04959 (Iso-CTS)",
+    copy_of=_copy_at_0,
+    dead_knobs=_dead_common_fraction,
+)
+def iso_cts(
+    base: Tensor, models: Sequence[Tensor], *, lambda_: float, common_fraction: float, context: TensorContext
+) -> Tensor:
+    """Iso-CTS: like Iso-C, but the weakest directions of Σδᵢ make room for directions that single tasks use.
+
+    Of r = min(m, n) directions, the strongest of Σδᵢ (`common_fraction` of them, rounded so that the rest divides by
+    the number T of task vectors) span the common space; the others are, in equal numbers, the strongest of each δᵢ
+    after what lies in the common space is removed. Both sides are made orthonormal and every direction gets the mean
+    strength. One task vector, or a `common_fraction` of 1, is Iso-C. A tensor that is not a matrix gets the plain mean
+    of the δᵢ, times λ.
+    """
+    if base.dim() != 2:
+        context.notes["fallback"] = "average: not a matrix"
+        return _plain_mean(base, models, lambda_)
+    each = _directions_of_a_task(min(base.shape), len(models), common_fraction)
+    if each == 0 or len(models) == 1:
+        return iso_c(base, models, lambda_=lambda_, context=context)
+    common = min(base.shape) - each * len(models)
+    left, values, right = (part for part in decomposed(_summed_delta(base, models), context))
+    if float(values[0]) == 0 and all(torch.equal(model, base) for model in models):
+        return base.clone()
+    lefts, strengths, rights = [left[:, :common]], [values[:common]], [right[:common]]
+    for model in models:
+        delta = torch.sub(model, base)
+        own = decomposed(delta.sub_(lefts[0] @ (lefts[0].t() @ delta)), context)
+        lefts.append(own[0][:, :each])
+        strengths.append(own[1][:each])
+        rights.append(own[2][:each])
+    strength = float(torch.cat(strengths).double().mean())
+    update = nearest_orthogonal(torch.cat(lefts, dim=1), context) @ nearest_orthogonal(torch.cat(rights), context)
+    return update.mul_(lambda_ * strength).add_(base)
+
+
+def _directions_of_a_task(rank: int, tasks: int, common_fraction: float) -> int:
+    left_over = rank - int(rank * common_fraction)
+    return min(round(left_over / tasks), rank // tasks)
+
+
+def _summed_delta(base: Tensor, models: Sequence[Tensor]) -> Tensor:
+    summed = torch.sub(models[0], base)
+    for model in models[1:]:
+        summed.add_(torch.sub(model, base))
+    return summed
