@@ -53,7 +53,7 @@ class Checkpoint:
         config: the model configuration as plain data; empty when there is none.
         tensors: name → TensorInfo, in natural order (layer 2 before layer 10), each stored tensor once.
         aliases: name → name of the tensor that it is tied to.
-        num_layers: how many layers the stack has, or None when neither config nor names say.
+        num_layers: how many layers the stack has, or None when neither config nor names say; see `layers_of`.
 
     Example:
         >>> ones = {"w": torch.ones(2)}
@@ -79,6 +79,7 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = {name: infos[name] for name in natural_order(infos)}
         self.aliases: Mapping[str, str] = dict(aliases or {})
         self.num_layers = _num_layers(self.config, self.tensors)
+        self._layers = _layers_by_stack(self.tensors)
         self._reader = reader
         self._digests: dict[str, bytes] = {}
 
@@ -96,6 +97,10 @@ class Checkpoint:
                 remedy="Use a name that the checkpoint holds.",
             )
         return self._reader(name)
+
+    def layers_of(self, stack: str | None) -> int | None:
+        """Return how many layers a stack has: "encoder" and "decoder" are counted apart, None is the only one."""
+        return self._layers.get(stack, self.num_layers)
 
     def read_stored(self, name: str) -> Tensor:
         """Return what is stored under exactly this name: of a tied head, its own copy where there is one."""
@@ -163,8 +168,16 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _num_layers(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
-    stated = config_value(config, "num_hidden_layers", "n_layer", "num_layers")
+    stated = config_value(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if isinstance(stated, int):
         return stated
     layers = [layer for layer in (tensor_group(name).layer for name in names) if layer is not None]
     return max(layers) + 1 if layers else None
+
+
+def _layers_by_stack(names: Iterable[str]) -> dict[str | None, int]:
+    counts: dict[str | None, int] = {}
+    for group in map(tensor_group, names):
+        if group.stack is not None and group.layer is not None:
+            counts[group.stack] = max(counts.get(group.stack, 0), group.layer + 1)
+    return counts

@@ -1,6 +1,7 @@
-"""Which part of a language model a tensor belongs to, read off its name: the layer, and attention, MLP, embedding, …
+"""Which part of a language model a tensor belongs to, read off its name: the stack, the layer, attention, MLP, …
 
-Works from the naming habits of decoder families (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon). It
+Works from the naming habits of decoders (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT, Falcon, BLOOM), of
+encoders (BERT, RoBERTa, CamemBERT, DistilBERT, DeBERTa, ELECTRA, ModernBERT) and of encoder–decoders (T5, BART). It
 knows no shapes and no model classes; a name it cannot place is "other".
 """
 
@@ -12,36 +13,61 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["attention", "mlp", "embedding", "norm", "head", "other"]
+Stack = Literal["encoder", "decoder"]
 
+# The first number is the layer: T5 numbers the parts of a block too (`block.3.layer.1`).
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
-# Norms come first: `post_attention_layernorm` is a norm, whatever it follows.
+_STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.(?!weight$|bias$)")
+# Norms come first: `post_attention_layernorm` is a norm, whatever it follows. Embeddings come before attention, but
+# only by their own names: the word is also in `embed_out`, a head.
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_|(?:^|\.)ln\d|\.ln\.", re.IGNORECASE)),
-    ("head", re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_projection|score)\.")),
-    ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe)\.")),
-    ("attention", re.compile(r"att(?:n|ention)|(?:^|\.)(?:[qkvo]_proj|query_key_value|qkv_proj)\.")),
-    ("mlp", re.compile(r"mlp|feed_forward|ffn|experts|moe|(?:^|\.)(?:fc\d?|fc_in|fc_out|w[123]|dense_\w+)\.")),
+    (
+        "head",
+        re.compile(
+            r"(?:^|\.)(?:lm_head|embed_out|output_projection|score|cls|classifier|pre_classifier|qa_outputs|pooler|"
+            r"vocab_transform|vocab_projector|vocab_layer_norm|generator_lm_head|generator_predictions|"
+            r"discriminator_predictions)\.|^(?:head|decoder)\.(?:dense\.)?(?:weight|bias)$|final_logits_bias$"
+        ),
+    ),
+    ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.")),
+    ("attention", re.compile(r"att(?:n|ention)|(?:^|\.)(?:[qkvo]_proj|query_key_value|qkv_proj)\.", re.IGNORECASE)),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|feed_forward|ffn|experts|moe|DenseReluDense|"
+            r"(?:^|\.)(?:fc\d?|fc_in|fc_out|w[123]|dense_\w+|intermediate\.dense|\d+\.output\.dense)\."
+        ),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Where a tensor sits: its layer (0-based, None outside the stack) and its kind."""
+    """Where a tensor sits: its layer (0-based, None outside the stack), its kind, and which stack its name states.
+
+    `stack` keeps the two halves of an encoder–decoder apart, whose layers are both counted from 0; most decoders do not
+    name theirs, and then it is None.
+    """
 
     layer: int | None
     kind: Kind
+    stack: Stack | None = None
 
 
 def tensor_group(name: str) -> TensorGroup:
-    """Return the layer and kind that a tensor's name states.
+    """Return the layer, kind and stack that a tensor's name states.
 
     Example:
         >>> tensor_group("model.layers.11.self_attn.q_proj.weight")
-        TensorGroup(layer=11, kind='attention')
+        TensorGroup(layer=11, kind='attention', stack=None)
+        >>> tensor_group("decoder.block.3.layer.1.EncDecAttention.q.weight")
+        TensorGroup(layer=3, kind='attention', stack='decoder')
     """
-    found = _LAYER.search(name)
+    layer = _LAYER.search(name)
+    stack = _STACK.search(name)
     kind: Kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
-    return TensorGroup(layer=int(found.group(1)) if found else None, kind=kind)
+    return TensorGroup(int(layer.group(1)) if layer else None, kind, stack.group(1) if stack else None)  # type: ignore[arg-type]
 
 
 def with_layer(name: str, layer: int) -> str:
@@ -65,8 +91,29 @@ def natural_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: ([(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")], name))
 
 
-_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
+# In order of preference: where an encoder–decoder shares one table, `shared` is the name that files store it under.
+_INPUT_EMBEDDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+)
+_OUTPUT_HEADS = (
+    "lm_head.weight",
+    "embed_out.weight",
+    "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight",
+    "vocab_projector.weight",
+)
+# Second names of one parameter, whatever the configuration says of the head: (second name, name in files).
+_ALWAYS_ONE = (
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ("lm_head.decoder.bias", "lm_head.bias"),
+    ("encoder.embed_tokens.weight", "shared.weight"),
+    ("decoder.embed_tokens.weight", "shared.weight"),
+)
 
 
 def embedding_and_head(names: Iterable[str]) -> tuple[str | None, str | None]:
@@ -77,6 +124,23 @@ def embedding_and_head(names: Iterable[str]) -> tuple[str | None, str | None]:
         ('model.embed_tokens.weight', None)
     """
     ordered = sorted(names)
-    embedding = next((name for name in ordered if name.endswith(_INPUT_EMBEDDINGS)), None)
-    head = next((name for name in ordered if name.endswith(_OUTPUT_HEADS)), None)
+    embedding = next((name for ending in _INPUT_EMBEDDINGS for name in ordered if name.endswith(ending)), None)
+    head = next((name for name in ordered if name.endswith(_OUTPUT_HEADS) or name == "decoder.weight"), None)
     return embedding, head
+
+
+def second_names(names: Iterable[str]) -> dict[str, str]:
+    """Return second name → first, for the pairs among `names` that every model class keeps as one parameter.
+
+    Example:
+        >>> second_names(["shared.weight", "encoder.embed_tokens.weight"])
+        {'encoder.embed_tokens.weight': 'shared.weight'}
+    """
+    given = set(names)
+    found = {}
+    for name in sorted(given):
+        for second, first in _ALWAYS_ONE:
+            owner = name.removesuffix(second) + first
+            if name.endswith(second) and owner in given:
+                found[name] = owner
+    return found

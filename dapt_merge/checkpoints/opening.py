@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
-from dapt_merge.checkpoints.groups import embedding_and_head, natural_order
+from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, second_names
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
+from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.errors import InputError, nearest
 
 SINGLE_FILE = "model.safetensors"
@@ -124,11 +126,18 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
     if expected is not None:
         _check_against_index(infos, expected, folder)
     config = _read_config(folder)
-    aliases = _tied_by_config(infos, config)
-    where = {name: handles[info.file] for name, info in infos.items() if info.file is not None}
+    named = canonical_names(infos, config)
+    where = {named[name]: (handles[info.file], name) for name, info in infos.items() if info.file is not None}
+    infos = {named[name]: replace(info, name=named[name]) for name, info in infos.items()}
+    aliases = _tied_in_file(infos, config)
+
+    def read(name: str) -> Tensor:
+        handle, stored = where[name]
+        return handle.get_tensor(stored)
+
     return Checkpoint(
         label,
-        lambda name: where[name].get_tensor(name),
+        read,
         (info for name, info in infos.items() if name not in aliases),
         folder=folder,
         config=config,
@@ -203,21 +212,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _tied_by_config(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {head: embedding} when the configuration ties them; a stored copy of the head is then no second tensor."""
+def _tied_in_file(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return second name → first of what is one parameter: then a stored copy of it is no second tensor.
+
+    That holds for the head when the configuration ties it to the embedding, and for pairs that every class ties.
+    """
+    pairs = second_names(infos)
     embedding, head = embedding_and_head(infos)
-    if embedding is None or head is None or config_value(config, "tie_word_embeddings") is not True:
-        return {}
-    return {head: embedding} if infos[head].shape == infos[embedding].shape else {}
+    if embedding is not None and head is not None and config_value(config, "tie_word_embeddings") is True:
+        pairs[head] = embedding
+    return {second: first for second, first in pairs.items() if infos[second].shape == infos[first].shape}
 
 
 def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str, Any]) -> Checkpoint:
     """Open live tensors; those that share their memory are one, under the embedding's name where it is among them."""
-    embedding, _ = embedding_and_head(tensors)
+    stored_as = {canonical: stored for stored, canonical in canonical_names(tensors, config).items()}
+    embedding, _ = embedding_and_head(stored_as)
     owners: dict[object, str] = {}
     aliases: dict[str, str] = {}
-    for name in sorted(natural_order(tensors), key=lambda name: name != embedding):
-        tensor = tensors[name]
+    infos = []
+    for name in sorted(natural_order(stored_as), key=lambda name: name != embedding):
+        tensor = tensors[stored_as[name]]
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise InputError(
                 f"'{name}' holds no data ({'a meta tensor' if isinstance(tensor, Tensor) else type(tensor).__name__})",
@@ -231,12 +246,10 @@ def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str
             aliases[name] = owners[storage]
         else:
             owners[storage] = name
-    infos = [
-        TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize)
-        for name, tensor in tensors.items()
-        if name not in aliases
-    ]
-    return Checkpoint(label, lambda name: tensors[name].detach().cpu(), infos, config=config, aliases=aliases)
+            infos.append(TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize))
+    return Checkpoint(
+        label, lambda name: tensors[stored_as[name]].detach().cpu(), infos, config=config, aliases=aliases
+    )
 
 
 def _no_weights(folder: Path) -> InputError:

@@ -1,19 +1,21 @@
 """Do these checkpoints belong to one merge, and which tensors does it have?
 
 Averaging two models that differ in more than their weights gives numbers and no sense; here such inputs are refused,
-with both values named. A head that one checkpoint ties to its embedding, another stores as a copy of it, is reconciled.
+with both values named. A head that one checkpoint ties to its embedding, another stores as a copy of it, is reconciled;
+tables that hold no training, and poolers that only some files keep, are left out and reported.
 What this module does not know: recipes and methods.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dapt_merge.checkpoints.checkpoint import Checkpoint, config_value
+from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo, config_value
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.checkpoints.vocabulary import check_same_vocabulary
 from dapt_merge.errors import InputError, nearest
@@ -23,15 +25,23 @@ _MUST_AGREE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model_type", ("model_type",)),
     ("vocab_size", ("vocab_size",)),
     ("hidden_size", ("hidden_size", "n_embd", "d_model")),
-    ("num_hidden_layers", ("num_hidden_layers", "n_layer", "num_layers")),
-    ("num_attention_heads", ("num_attention_heads", "n_head", "num_heads")),
+    ("num_hidden_layers", ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
+    ("num_decoder_layers", ("num_decoder_layers", "decoder_layers")),
+    ("num_attention_heads", ("num_attention_heads", "n_head", "n_heads", "num_heads")),
     ("num_key_value_heads", ("num_key_value_heads", "num_kv_heads")),
-    ("head_dim", ("head_dim",)),
-    ("intermediate_size", ("intermediate_size", "n_inner", "ffn_dim")),
+    ("head_dim", ("head_dim", "d_kv")),
+    ("intermediate_size", ("intermediate_size", "n_inner", "ffn_dim", "d_ff")),
     ("hidden_act", ("hidden_act", "activation_function", "hidden_activation")),
 )
-# Position tables that old files store and new ones recompute: they carry no training.
-_RECOMPUTED = (".rotary_emb.inv_freq",)
+# Position tables and masks that old files store and new ones recompute: they carry no training. The masks of GPT-2 and
+# GPT-NeoX are told from a bias by their four dimensions.
+_RECOMPUTED = re.compile(
+    r"(?:^|\.)(?:rotary_emb\.inv_freq|rotary_emb\.(?:cos|sin)_cached|embeddings\.(?:position_ids|token_type_ids)|"
+    r"(?:attn|attention)\.masked_bias)$"
+)
+_MASK = re.compile(r"(?:^|\.)(?:attn|attention)\.bias$")
+# Parts that pre-training used beside the language model; a file from a class without them lacks nothing.
+_SIDE_PARTS = re.compile(r"(?:^|\.)(?:pooler|cls\.seq_relationship)\.")
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,38 @@ def agree(checkpoints: Sequence[Checkpoint], *, by_layer: bool = False) -> Agree
             warnings.append(warning)
     tied_head, tie_warnings = _tied_head(checkpoints)
     warnings += tie_warnings
-    recomputed = _stored_by_some(checkpoints)
-    if recomputed:
-        warnings.append(f"{len(recomputed)} position tables ({recomputed[0]}, …) are not stored by all and left out")
-    ignored = {*recomputed, *([tied_head] if tied_head else [])}
+    ignored, more_warnings = _left_out(checkpoints)
+    warnings += more_warnings
+    if tied_head:
+        ignored.add(tied_head)
     names = tuple(name for name in first.tensors if name not in ignored)
     for other in () if by_layer else others:
         _check_tensors(first, other, ignored)
     return Agreement(names, tuple(warnings), tied_head)
+
+
+def is_side_part(name: str) -> bool:
+    """Say whether a tensor belongs to a part that a language model runs without: a pooler, a sentence-pair head."""
+    return _SIDE_PARTS.search(name) is not None
+
+
+def _left_out(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]]:
+    """Return the tensors that the merge does without, and what the report says of them."""
+    tables = sorted({name for c in checkpoints for name, info in c.tensors.items() if _is_recomputed(name, info)})
+    stored = [{name for name in c.tensors if is_side_part(name)} for c in checkpoints]
+    side = sorted(set[str]().union(*stored) - stored[0].intersection(*stored))
+    warnings = []
+    if tables:
+        warnings.append(f"{len(tables)} position tables or masks ({tables[0]}, …) hold no training and are left out")
+    if side:
+        having = ", ".join(c.label for c, names in zip(checkpoints, stored, strict=True) if names.issuperset(side))
+        warnings.append(f"{', '.join(side)}: only in {having or 'some of the checkpoints'}, and left out of the merge")
+    return {*tables, *side}, warnings
+
+
+def _is_recomputed(name: str, info: TensorInfo) -> bool:
+    is_mask = _MASK.search(name) is not None and len(info.shape) == 4 and info.shape[:2] == (1, 1)
+    return is_mask or _RECOMPUTED.search(name) is not None
 
 
 def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) -> None:
@@ -129,7 +163,7 @@ def _tied_head(checkpoints: Sequence[Checkpoint]) -> tuple[str | None, list[str]
 
 def _tie_contradicted(checkpoint: Checkpoint, head: str, embedding: str) -> InputError:
     return InputError(
-        f"config.json says that {head} is tied to {embedding}, but the stored tensors differ",
+        f"{head} is tied to {embedding} by config.json or by the model's class, but the stored tensors differ",
         where=checkpoint.label,
         remedy="Set tie_word_embeddings to false there if the head was trained on its own, or save the model again.",
     )
@@ -140,11 +174,6 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     if first.data_ptr() == second.data_ptr():
         return True
     return first.dtype == second.dtype and torch.equal(first, second)
-
-
-def _stored_by_some(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    tables: list[set[str]] = [{name for name in c.tensors if name.endswith(_RECOMPUTED)} for c in checkpoints]
-    return sorted(tables[0].union(*tables) - tables[0].intersection(*tables))
 
 
 def _check_tensors(first: Checkpoint, other: Checkpoint, ignored: set[str]) -> None:

@@ -1,7 +1,7 @@
 """An empty model of a checkpoint's architecture, ready to be filled.
 
-The class comes from the installed transformers alone: code that a checkpoint brings along is never run. Its weights
-are left as allocated, because every one of them is overwritten.
+The class is the one that the configuration names (`architectures`), taken from the installed transformers alone: code
+that a checkpoint brings along is never run. Its weights are left as allocated: every one of them is overwritten.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.checkpoint import Checkpoint, config_value
+from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def model_from_config(source: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a causal language model from a checkpoint's configuration; its parameters are not initialised.
+    """Build the model that a checkpoint's configuration describes; its parameters are not initialised.
 
     Raises:
         InputError: there is no configuration, or transformers has no class for it without foreign code.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     config = _configuration(source)
+    model_class = _model_class(source, config)
     # The tensors that are not stored (position tables) are computed by the module itself, so only the random
     # initialisation is skipped; a version of transformers without the switch just takes longer.
     with ExitStack() as stack:
@@ -38,13 +40,51 @@ def model_from_config(source: Checkpoint, dtype: torch.dtype) -> PreTrainedModel
         except ImportError:
             pass
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = model_class._from_config(config, dtype=dtype)
         except (ValueError, KeyError) as error:
             raise _cannot_build(source, str(error)) from error
     model.tie_weights()
+    _untie_what_is_stored_apart(model, source)
     if source.folder is not None and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model.eval()
+
+
+def _model_class(source: Checkpoint, config: Any) -> Any:
+    """Return the class that the configuration names, else the most capable one that transformers has for its type."""
+    import transformers
+
+    for name in source.config.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            if isinstance(config, getattr(found, "config_class", ())):
+                return found
+            raise _cannot_build(source, f"architectures names {name}, which is no class for {config.model_type}")
+    for mapping in (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_MASKED_LM_MAPPING,
+        transformers.MODEL_MAPPING,
+    ):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise _cannot_build(source, f"there is no class for {config.model_type}")
+
+
+def _untie_what_is_stored_apart(model: PreTrainedModel, source: Checkpoint) -> None:
+    """Give a head that the checkpoint stores on its own its own memory, where the class would tie it to the embedding.
+
+    T5 1.1 and its kin say so in their files, and transformers ties them all the same until it meets their weights.
+    """
+    embedding, head = embedding_and_head(source.tensors)
+    if config_value(source.config, "tie_word_embeddings") is True:
+        return
+    state = model.state_dict(keep_vars=True)
+    if not (embedding in state and head in state and state[embedding].data_ptr() == state[head].data_ptr()):
+        return
+    owner, _, attribute = str(head).rpartition(".")
+    own = torch.nn.Parameter(state[head].detach().clone(), requires_grad=state[head].requires_grad)
+    setattr(model.get_submodule(owner), attribute, own)
 
 
 def _configuration(source: Checkpoint) -> Any:

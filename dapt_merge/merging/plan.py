@@ -139,7 +139,8 @@ def _whole_model_jobs(
     jobs = []
     for name in agreement.names:
         info = config_from.tensors[name]
-        parameters = resolve(recipe, name, tensor_group(name).layer, config_from.num_layers)
+        group = tensor_group(name)
+        parameters = resolve(recipe, name, group.layer, config_from.layers_of(group.stack))
         jobs.append(TensorJob(name, info.shape, _out_dtype(recipe, info), base, models, parameters))
     return jobs
 

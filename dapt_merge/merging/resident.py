@@ -10,15 +10,16 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.merging.agreement import agree
+from dapt_merge.merging.agreement import agree, is_side_part
 from dapt_merge.merging.plan import MergePlan, TensorJob, open_inputs, plan_from
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
 from dapt_merge.merging.tensor import merge_tensor
@@ -88,8 +89,13 @@ class ResidentMerger:
                     remedy=f"Use one of: {', '.join(self.checkpoints)}.",
                 )
         plan = plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
-        jobs = tuple(replace(job, out_dtype=self._live[job.name].dtype) for job in plan.jobs)
-        return replace(plan, jobs=jobs)
+        used = [job for job in plan.jobs if job.name in self._live]
+        jobs = tuple(replace(job, out_dtype=self._live[job.name].dtype) for job in used)
+        warnings = plan.warnings
+        if len(jobs) < len(plan.jobs):
+            unused = ", ".join(job.name for job in plan.jobs if job.name not in self._live)
+            warnings = (*warnings, f"{unused}: the live model's class does not use them, and they were not merged")
+        return replace(plan, jobs=jobs, warnings=warnings)
 
     def _merge_in_place(self, job: TensorJob, plan: MergePlan, measure_rounding: bool) -> TensorOutcome:
         merged = merge_tensor(
@@ -110,14 +116,14 @@ class ResidentMerger:
 
 def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Return name → the model's own tensor; every tensor of the model is covered, a tied one under one name."""
-    state = model.state_dict(keep_vars=True)
+    state = _named_state(model)
     if any(tensor.is_meta for tensor in state.values()):
         raise InputError(
             "the model has no memory for its weights (it is on the meta device)",
             where="the live model",
             remedy="Build it on the device that it will run on.",
         )
-    missing = [name for name in names if name not in state]
+    missing = [name for name in names if name not in state and not is_side_part(name)]
     covered = {state[name].data_ptr() for name in names if name in state}
     extra = [name for name, tensor in state.items() if name not in names and tensor.data_ptr() not in covered]
     for problem, found in (("not in the model", missing), ("not in the checkpoints", extra)):
@@ -125,9 +131,32 @@ def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, T
             raise InputError(
                 f"{len(found)} tensors are {problem}, the first is '{found[0]}'",
                 where="the live model",
-                remedy="Build the model from the configuration of the checkpoints.",
+                remedy="Build the model from the configuration of the checkpoints; where its class stores its weights "
+                "under other names than it uses (mixtures of experts), merge to a folder and load that.",
             )
-    return {name: state[name] for name in names}
+    live = {name: state[name] for name in names if name in state}
+    _refuse_one_memory_for_two(live)
+    return live
+
+
+def _named_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the model's state under the names that checkpoints have here."""
+    state = model.state_dict(keep_vars=True)
+    to_dict: Any = getattr(getattr(model, "config", None), "to_dict", dict)
+    named = canonical_names(state, to_dict())
+    return {named[name]: tensor for name, tensor in state.items()}
+
+
+def _refuse_one_memory_for_two(live: Mapping[str, Tensor]) -> None:
+    owners: dict[int, str] = {}
+    for name, tensor in live.items():
+        owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if owner != name:
+            raise InputError(
+                f"the live model ties {name} to {owner}, and the checkpoints hold two tensors",
+                where="the live model",
+                remedy="Build the model with tie_word_embeddings false.",
+            )
 
 
 def _refuse_shared_memory(checkpoint: Checkpoint, live: Mapping[str, Tensor]) -> None:
