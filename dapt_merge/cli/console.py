@@ -60,9 +60,11 @@ def _line_reporter(label: str, unit: str) -> Callable[[int, int], None]:
     def report(done: int, total: int) -> None:
         nonlocal last_tenth
         tenth = 10 * done // max(total, 1)
-        if tenth > last_tenth:
+        elapsed = time.monotonic() - started
+        # What ends within two seconds needs no progress.
+        if tenth > last_tenth and elapsed > 2:
             last_tenth = tenth
-            rate = done / max(time.monotonic() - started, 1e-9)
+            rate = done / elapsed
             console.print(f"{label}: {done:,}/{total:,} {unit} ({rate:,.1f} {unit}/s)".replace(" )", ")"))
 
     return report

@@ -99,7 +99,8 @@ def _validated(content: dict[str, Any], path: Path) -> Suite:
     try:
         return Suite.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key also shows as a missing one: the spelling is what the user has to see.
+        first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = tuple(Suite.model_fields)

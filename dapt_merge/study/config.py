@@ -184,7 +184,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explained(error: ValidationError, where: str) -> InputError:
     """Say what pydantic found first in the study's own words."""
-    first = error.errors()[0]
+    # A misspelt key also shows as a missing one: the spelling is what the user has to see.
+    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     key = ".".join(str(part) for part in first["loc"])
     place = f"{where}: {key}" if key else where
     if first["type"] == "extra_forbidden":
