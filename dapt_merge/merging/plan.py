@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dapt_merge.merging.agreement import Agreement, agree
 from dapt_merge.merging.stacking import StackedTensor, stack_layout, stacked_config
 from dapt_merge.methods.selection import Cutoff
 from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resolve
+from dapt_merge.recipe.resolving import comes_after_the_layers
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TensorJob:
     `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `stored` says
     what the tensor is called in the base (if any) and in each model, in that order; when it is empty, it is called
     `name` in all of them. `cutoffs` are the thresholds of a method that trims over the whole model (see `trimming`).
+    `layer` of `num_layers` (from 0, in the output) is where the tensor stands: embeddings count as the first layer, the
+    final norm and the head as the last; None when the number of layers is unknown.
     """
 
     name: str
@@ -42,6 +45,8 @@ class TensorJob:
     parameters: ResolvedParameters
     cutoffs: tuple[Cutoff | None, ...] | None = None
     stored: tuple[str, ...] = ()
+    layer: int | None = None
+    num_layers: int | None = None
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
@@ -128,7 +133,9 @@ def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agree
     warnings = (*recipe_warnings(recipe), *agreement.warnings)
     if agreement.tied_head and config_from.config:
         config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
-    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from)
+    return MergePlan(
+        recipe, opened, tuple(_with_depth(job, recipe, config_from) for job in jobs), warnings, config_from
+    )
 
 
 def _whole_model_jobs(
@@ -155,6 +162,20 @@ def _stacked_job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: Stack
     )
     base = None if part.base is None else labels[0]
     return TensorJob(tensor.name, info.shape, _out_dtype(recipe, info), base, models, parameters, stored=tensor.stored)
+
+
+def _with_depth(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> TensorJob:
+    """Say where in the output the tensor stands; slices are counted through, not each on its own."""
+    group = tensor_group(job.name)
+    layers = (
+        config_from.layers_of(group.stack) if recipe.slices is None else sum(part.layers or 0 for part in recipe.parts)
+    )
+    if not layers:
+        return job
+    outside = layers - 1 if comes_after_the_layers(job.name) else 0
+    # Heads for further tokens are numbered past the last layer.
+    layer = outside if group.layer is None else min(group.layer, layers - 1)
+    return replace(job, layer=layer, num_layers=layers)
 
 
 def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:

@@ -73,6 +73,8 @@ def merge_tensor(
         base_label=job.base or "the base",
         model_labels=job.models,
         cutoffs=job.cutoffs,
+        layer=job.layer,
+        num_layers=job.num_layers,
     )
     narrow = job.out_dtype in (torch.bfloat16, torch.float16)
     computed_in = torch.float32 if narrow and measure_rounding else job.out_dtype

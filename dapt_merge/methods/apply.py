@@ -59,6 +59,8 @@ def combine(
     """
     complete = method.complete(values, len(models), f"tensor {context.name}")
     _check_count(method, base, len(models), context)
+    if method.placed is not None:
+        complete = method.placed(complete, context)
     if method.base == "unused":
         base = None
     _check_shapes(base, models, context)

@@ -125,6 +125,9 @@ class TensorContext:
         base_label: what errors call the base.
         model_labels: what errors call the models, in order; a model without one is called by its position.
         cutoffs: one whole-model trimming threshold per model, for `trim_scope: model` (see `ties.model_cutoffs`).
+        layer: the layer that the tensor counts as, from 0: embeddings as the first, the final norm and the head as the
+            last. None when that is unknown.
+        num_layers: how many layers there are; None when that is unknown.
         offset: index, in the flattened tensor, of the first element that an elementwise function was given.
     """
 
@@ -134,6 +137,8 @@ class TensorContext:
     base_label: str = "the base"
     model_labels: tuple[str, ...] = ()
     cutoffs: tuple[Cutoff | None, ...] | None = None
+    layer: int | None = None
+    num_layers: int | None = None
     offset: int = 0
 
     def label(self, source: Source) -> str:
@@ -160,6 +165,8 @@ class Method:
             needs; they reach it as the keyword `measured`.
         copy_of: `(complete values, number of models, base given) -> Source | None`: the input that the result is, bit
             for bit, or None. This is what makes end points exact and free.
+        placed: `(complete values, context) -> values`, what the values come to at the tensor's place in the model; all
+            of the above but `dead_knobs` and `check` see only these.
     """
 
     name: str
@@ -174,6 +181,7 @@ class Method:
     elementwise: bool = False
     measure: Callable[..., Any] | None = None
     copy_of: Callable[[Values, int, bool], Source | None] | None = None
+    placed: Callable[[Values, TensorContext], Values] | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the declared parameter of that name, or None."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method, Parameter, Source, Values
+from dapt_merge.methods.lines import combinations
 
 ENTRY_POINT_GROUP = "dapt_merge.methods"
 _BUILT_IN = (
@@ -111,6 +112,7 @@ def method_names() -> tuple[str, ...]:
         for module in _BUILT_IN:
             import_module(f"dapt_merge.methods.{module}")
         _load_entry_points()
+        _methods.update((scaled.name, scaled) for scaled in combinations(_methods.values()))
         _loaded = True
     return tuple(sorted(_methods))
 
