@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dapt_merge.inspection import Comparison, Inspection, Summary
+    from dapt_merge.checkpoints import TensorGroup
+    from dapt_merge.inspection import Comparison, Inspection, Place, Summary
 
 
 def inspect(
@@ -98,18 +99,19 @@ def _tables(found: Inspection, comparison: Comparison, all_cells: bool) -> list[
     groups = [(kind, found.summary(comparison, lambda group, kind=kind: group.kind == kind)) for kind in found.kinds]  # type: ignore[misc]
     by_group = _table("group", found, [*groups, ("all", found.summary(comparison))])
     if all_cells:
-        cells = [(layer, kind, found.cell(comparison, layer, kind)) for layer in found.layers for kind in found.kinds]
-        rows = [(f"{'–' if layer is None else layer} {kind}", cell) for layer, kind, cell in cells if cell is not None]
-    else:
         rows = [
-            (_layer(layer), found.summary(comparison, lambda group, layer=layer: group.layer == layer))  # type: ignore[misc]
-            for layer in found.layers
+            (f"{'–' if place.layer is None else found.place_name(place)} {kind}", cell)
+            for place in found.places
+            for kind in found.kinds
+            if (cell := found.cell(comparison, place, kind)) is not None
         ]
+    else:
+        rows = [(found.place_name(place), found.summary(comparison, _within(place))) for place in found.places]
     return [by_group, _table("layer", found, rows)]
 
 
-def _layer(layer: int | None) -> str:
-    return "outside" if layer is None else str(layer)
+def _within(place: Place) -> Callable[[TensorGroup], bool]:
+    return lambda group: type(place).of(group) == place
 
 
 def _table(heading: str, found: Inspection, rows: Sequence[tuple[str, Summary]]) -> Table:

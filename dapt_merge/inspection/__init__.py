@@ -4,7 +4,7 @@ Measurements of tensors in `measures` and `rank`, of whole checkpoints in `compa
 draws nothing and judges nothing.
 """
 
-from dapt_merge.inspection.comparison import Comparison, Inspection, Summary, TensorMeasures, inspect_checkpoints
+from dapt_merge.inspection.comparison import Comparison, Inspection, Place, Summary, TensorMeasures, inspect_checkpoints
 from dapt_merge.inspection.measures import Difference, SignAgreement, UpdateRounding
 from dapt_merge.inspection.rank import effective_rank
 
@@ -12,6 +12,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Inspection",
+    "Place",
     "SignAgreement",
     "Summary",
     "TensorMeasures",

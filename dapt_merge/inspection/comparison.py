@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
-from dapt_merge.checkpoints.groups import Kind, TensorGroup, tensor_group
+from dapt_merge.checkpoints.groups import Kind, Stack, TensorGroup, tensor_group
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.errors import InputError
 from dapt_merge.inspection.compatibility import Compatibility, comparable, compare_declarations
@@ -29,6 +29,18 @@ from dapt_merge.methods.registry import get_method
 from dapt_merge.methods.spherical import SMALLEST_NORM
 
 KINDS: tuple[Kind, ...] = ("attention", "mlp", "norm", "embedding", "head", "other")
+
+
+class Place(NamedTuple):
+    """A layer of a stack; both None outside the layers."""
+
+    stack: Stack | None
+    layer: int | None
+
+    @classmethod
+    def of(cls, group: TensorGroup) -> Place:
+        """Return the place of a tensor; all that lies outside the layers is one place."""
+        return cls(None, None) if group.layer is None else cls(group.stack, group.layer)
 
 
 @dataclass(frozen=True)
@@ -110,10 +122,18 @@ class Inspection:
     weights: tuple[float, ...]
 
     @property
-    def layers(self) -> list[int | None]:
-        """The layers that were met, None (outside the stack) first."""
-        met = {tensor.group.layer for comparison in self.comparisons for tensor in comparison.tensors}
-        return sorted(met, key=lambda layer: -1 if layer is None else layer)
+    def places(self) -> list[Place]:
+        """The places that were met: outside the layers, then layer by layer, an encoder's before a decoder's."""
+        met = {Place.of(tensor.group) for comparison in self.comparisons for tensor in comparison.tensors}
+        stacks = (None, "encoder", "decoder")
+        return sorted(met, key=lambda place: (stacks.index(place.stack), -1 if place.layer is None else place.layer))
+
+    def place_name(self, place: Place) -> str:
+        """Return "outside", the layer's number, or both stack and number where there are two stacks."""
+        if place.layer is None:
+            return "outside"
+        two = len({other.stack for other in self.places if other.layer is not None}) > 1
+        return f"{place.stack or ''} {place.layer}".strip() if two else str(place.layer)
 
     @property
     def kinds(self) -> list[Kind]:
@@ -125,9 +145,9 @@ class Inspection:
         """Sum up the tensors of one comparison whose group is kept."""
         return self._sum([tensor for tensor in comparison.tensors if keep(tensor.group)])
 
-    def cell(self, comparison: Comparison, layer: int | None, kind: Kind) -> Summary | None:
+    def cell(self, comparison: Comparison, place: Place, kind: Kind) -> Summary | None:
         """Sum up one group of one layer; None when that layer has no such tensor."""
-        found = self.summary(comparison, lambda group: group == TensorGroup(layer, kind))
+        found = self.summary(comparison, lambda group: group.kind == kind and Place.of(group) == place)
         return found if found.tensors else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +160,7 @@ class Inspection:
         }
 
     def _comparison_dict(self, comparison: Comparison) -> dict[str, Any]:
-        cells = [(layer, kind, self.cell(comparison, layer, kind)) for layer in self.layers for kind in self.kinds]
+        cells = [(place, kind, self.cell(comparison, place, kind)) for place in self.places for kind in self.kinds]
         return {
             "label": comparison.label,
             "compatibility": comparison.compatibility.to_dict(),
@@ -150,8 +170,8 @@ class Inspection:
                 for kind in self.kinds
             },
             "cells": [
-                {"layer": layer, "group": kind, **found.to_dict(self.weights)}
-                for layer, kind, found in cells
+                {"stack": place.stack, "layer": place.layer, "group": kind, **found.to_dict(self.weights)}
+                for place, kind, found in cells
                 if found is not None
             ],
             "tensors": [

@@ -76,7 +76,7 @@ def _draw(inspection: Inspection) -> Any:
 
     mpl.rcParams["svg.hashsalt"] = "dapt-merge"
     shown, comparisons = panels(inspection), inspection.comparisons
-    layers, kinds = len(inspection.layers), len(inspection.kinds)
+    layers, kinds = len(inspection.places), len(inspection.kinds)
     height = max(2.4, 0.24 * layers + 1.3)
     width = max(2.6, 0.62 * kinds + 0.9)
     figure = Figure(
@@ -101,13 +101,15 @@ def _draw(inspection: Inspection) -> Any:
 
 
 def _draw_panel(axes: Any, inspection: Inspection, values: Any, top: float) -> Any:
-    layers, kinds = inspection.layers, inspection.kinds
+    layers, kinds = [inspection.place_name(place) for place in inspection.places], inspection.kinds
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="none")
     axes.set_facecolor("#efefef")  # a group that a layer does not have
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8, rotation_mode="anchor")
     step = 1 if len(layers) <= _MOST_ANNOTATED_LAYERS else 4
     ticks = range(0, len(layers), step)
-    axes.set_yticks(list(ticks), [_layer_name(layers[tick]) for tick in ticks], fontsize=7)
+    axes.set_yticks(
+        list(ticks), [f"layer {layers[tick]}" if layers[tick] == "0" else layers[tick] for tick in ticks], fontsize=7
+    )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(layers) > _MOST_ANNOTATED_LAYERS:
@@ -125,8 +127,8 @@ def _grids(inspection: Inspection, panel: Panel) -> Any:
     return np.array(
         [
             [
-                [_value(inspection.cell(c, layer, kind), panel) for kind in inspection.kinds]
-                for layer in inspection.layers
+                [_value(inspection.cell(c, place, kind), panel) for kind in inspection.kinds]
+                for place in inspection.places
             ]
             for c in inspection.comparisons
         ]
@@ -140,10 +142,6 @@ def _value(cell: Summary | None, panel: Panel) -> float:
 
 def _percent(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.095 or value == 0 else f"{value:.2g}"
-
-
-def _layer_name(layer: int | None) -> str:
-    return "outside" if layer is None else f"layer {layer}" if layer == 0 else str(layer)
 
 
 def _shortened(comparison: Comparison) -> str:

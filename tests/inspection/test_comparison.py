@@ -7,7 +7,7 @@ import torch
 
 from dapt_merge import merge, open_checkpoint
 from dapt_merge.errors import InputError
-from dapt_merge.inspection import inspect_checkpoints
+from dapt_merge.inspection import Place, inspect_checkpoints
 from dapt_merge.inspection.measures import measure_difference
 from dapt_merge.methods.contract import TensorContext
 
@@ -18,6 +18,8 @@ SHAPES = {
     **{f"model.layers.{n}.self_attn.q_proj.weight": (8, 8) for n in (0, 1)},
     **{f"model.layers.{n}.mlp.up_proj.weight": (12, 8) for n in (0, 1)},
 }
+
+OUTSIDE = Place(None, None)
 
 
 def weights(seed, near=None, scale=0.01):
@@ -46,10 +48,22 @@ def test_a_cell_sums_up_the_tensors_of_one_group_of_one_layer(base):
     (comparison,) = found.comparisons
     name = "model.layers.1.mlp.up_proj.weight"
     expected = measure_difference(base[name], dapt[name], TensorContext(name))
-    assert found.cell(comparison, 1, "mlp").difference == expected
-    assert found.cell(comparison, None, "attention") is None
-    assert found.layers == [None, 0, 1]
+    assert found.cell(comparison, Place(None, 1), "mlp").difference == expected
+    assert found.cell(comparison, OUTSIDE, "attention") is None
+    assert [found.place_name(place) for place in found.places] == ["outside", "0", "1"]
     assert found.kinds == ["attention", "mlp", "norm", "embedding"]
+
+
+def test_the_layers_of_an_encoder_and_of_a_decoder_are_told_apart():
+    names = [
+        f"{stack}.block.{layer}.layer.0.SelfAttention.q.weight" for stack in ("decoder", "encoder") for layer in (0, 1)
+    ]
+    base = {name: torch.ones(4, 4) for name in names}
+    found = inspected(base, {name: tensor + 0.1 * k for k, (name, tensor) in enumerate(base.items())})
+    assert [found.place_name(place) for place in found.places] == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+    (comparison,) = found.comparisons
+    assert found.cell(comparison, Place("decoder", 0), "attention").difference.changed == 0
+    assert found.cell(comparison, Place("encoder", 0), "attention").difference.changed == 16
 
 
 def test_the_whole_is_one_long_vector(base):
@@ -83,10 +97,10 @@ def test_the_share_lost_is_the_one_that_a_bfloat16_merge_reports(base, weight):
 
 def test_matrices_have_an_effective_rank_unless_it_is_not_asked_for(base):
     with_rank, without = inspected(base, weights(1, base)), inspected(base, weights(1, base), rank=False)
-    cell = with_rank.cell(with_rank.comparisons[0], 0, "attention")
+    cell = with_rank.cell(with_rank.comparisons[0], Place(None, 0), "attention")
     assert 1 < cell.effective_rank <= 8
     assert cell.rank_share == pytest.approx(cell.effective_rank / 8)
-    assert with_rank.cell(with_rank.comparisons[0], None, "norm").effective_rank is None
+    assert with_rank.cell(with_rank.comparisons[0], OUTSIDE, "norm").effective_rank is None
     assert without.summary(without.comparisons[0]).effective_rank is None
 
 
