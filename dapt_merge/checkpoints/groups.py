@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["attention", "mlp", "embedding", "norm", "head", "other"]
+# The kinds that recipes and studies can name; they do not overlap, and "other" is what they leave.
+GROUPS: tuple[Kind, ...] = ("attention", "mlp", "embedding", "norm", "head")
 Stack = Literal["encoder", "decoder"]
 
 # The first number is the layer: T5 numbers the parts of a block too (`block.3.layer.1`).

@@ -72,7 +72,7 @@ def combine(
     if not models[0].numel():
         return torch.empty(models[0].shape, dtype=out_dtype, device=models[0].device)
     keywords = {("lambda_" if name == "lambda" else name): value for name, value in complete.items()}
-    operands = Operands(base, tuple(models), context, piece_elements)
+    operands = Operands(base, tuple(models), context, piece_elements, whole_rows=method.whole_rows)
     if method.measure is not None:
         keywords["measured"] = method.measure(operands, complete, context)
     if method.elementwise:

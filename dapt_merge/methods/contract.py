@@ -11,8 +11,9 @@ to say. A function never modifies an input, reads no file and knows no recipe.
 
 Most methods treat every element alike once a few numbers of the whole tensor are known (a threshold, an angle). Such a
 method declares `elementwise=True` and, if it needs those numbers, a `measure`; `apply.combine` then streams the tensor
-in pieces that stay in the processor's cache, and no full-size float32 copy of an input is ever made. A method without
-these two simply gets whole tensors.
+in pieces that stay in the processor's cache, and no full-size float32 copy of an input is ever made. One that treats
+every row alike (ranks, softmaxes) also declares `whole_rows=True`, and its pieces never cut a row. A method without
+these simply gets whole tensors.
 """
 
 from __future__ import annotations
@@ -161,8 +162,10 @@ class Method:
         dead_knobs: `(values, number of models) -> sentences`, each naming a parameter that cannot change the result.
             The values may be incomplete; defaults are filled in first.
         elementwise: the function may be given any run of elements (1-d, `context.offset` says where it starts).
+        whole_rows: every such run holds whole rows (see `pieces.Operands.row_elements`).
         measure: `(operands, values, context) -> Any`, the numbers of the whole tensor that an elementwise function
             needs; they reach it as the keyword `measured`.
+        check: `(complete values, where) -> None`, raises InputError for values that are allowed, but not together.
         copy_of: `(complete values, number of models, base given) -> Source | None`: the input that the result is, bit
             for bit, or None. This is what makes end points exact and free.
         placed: `(complete values, context) -> values`, what the values come to at the tensor's place in the model; all
@@ -179,7 +182,9 @@ class Method:
     random: bool = False
     dead_knobs: Callable[[dict[str, object], int], list[str]] | None = None
     elementwise: bool = False
+    whole_rows: bool = False
     measure: Callable[..., Any] | None = None
+    check: Callable[[Values, str], None] | None = None
     copy_of: Callable[[Values, int, bool], Source | None] | None = None
     placed: Callable[[Values, TensorContext], Values] | None = None
 
@@ -194,7 +199,8 @@ class Method:
             Every declared parameter: a tuple of `count` values when it is per model, else one value.
 
         Raises:
-            InputError: a name is unknown, a value is missing or out of range; `where` says where they stood.
+            InputError: a name is unknown, a value is missing or out of range, or values do not go together; `where`
+                says where they stood.
         """
         known = tuple(parameter.name for parameter in self.parameters)
         for name in values:
@@ -214,4 +220,6 @@ class Method:
                     remedy=f"Give '{parameter.name}': {parameter.expected}.",
                 )
             complete[parameter.name] = parameter.check_all(value, count, where)
+        if self.check is not None:
+            self.check(complete, where)
         return complete

@@ -8,7 +8,8 @@ mask for each model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from dapt_merge.methods.task_arithmetic import (
     LAMBDA,
     NORMALIZE_BY_SUM,
     WEIGHT,
+    add_scaled,
     cancelled_weight,
     input_copied,
     scales,
@@ -46,6 +48,27 @@ RESCALE = Parameter(
 )
 
 
+def l1_ratio(operands: Operands, position: int, kept: Callable[[Tensor, int], Tensor]) -> float:
+    """Return Σ|δ| / Σ|kept δ| of one model, or 1 when nothing that is not 0 was kept.
+
+    Args:
+        operands: the inputs.
+        position: which model's task vector.
+        kept: (piece of the task vector, index of its first element) → which of its elements are kept.
+    """
+    before: list[float] = []
+    after: list[float] = []
+    start = 0
+    for delta in operands.deltas(position):
+        mask = kept(delta, start)
+        magnitudes = delta.abs_().double()
+        before += partial_sums(magnitudes, operands.row_elements)
+        after += partial_sums(magnitudes.mul_(mask), operands.row_elements)
+        start += delta.numel()
+    remaining = math.fsum(after)
+    return math.fsum(before) / remaining if remaining else 1.0
+
+
 def _rescales(operands: Operands, values: Values, context: TensorContext) -> tuple[float, ...]:
     """Return what the kept elements of each task vector are multiplied with."""
     voters = taking_part(values["weight"], values["density"])
@@ -56,24 +79,13 @@ def _rescales(operands: Operands, values: Values, context: TensorContext) -> tup
         elif values["rescale"] == "expectation":
             factors.append(1 / density)
         else:
-            factors.append(_l1_ratio(operands, position, density))
+            kept = partial(_kept, position=position, density=density, context=context)
+            factors.append(l1_ratio(operands, position, kept))
     return tuple(factors)
 
 
-def _l1_ratio(operands: Operands, position: int, density: float) -> float:
-    """Return Σ|δ| / Σ|kept δ|, or 1 when nothing that is not 0 was kept."""
-    context = operands.context
-    before: list[float] = []
-    after: list[float] = []
-    start = 0
-    for delta in operands.deltas(position):
-        magnitudes = delta.abs_().double()
-        before += partial_sums(magnitudes)
-        mask = keep_mask(context.seed, context.name, position, start, delta.numel(), density, delta.device)
-        after += partial_sums(magnitudes.mul_(mask))
-        start += delta.numel()
-    kept = math.fsum(after)
-    return math.fsum(before) / kept if kept else 1.0
+def _kept(delta: Tensor, start: int, position: int, density: float, context: TensorContext) -> Tensor:
+    return keep_mask(context.seed, context.name, position, start, delta.numel(), density, delta.device)
 
 
 def _dropped_deltas(
@@ -89,21 +101,20 @@ def _dropped_deltas(
     for position in positions:
         delta = torch.sub(models[position], base)
         if density[position] < 1:
-            mask = keep_mask(
-                context.seed, context.name, position, context.offset, delta.numel(), density[position], delta.device
-            )
-            delta.mul_(mask).mul_(factors[position])
+            delta.mul_(_kept(delta, context.offset, position, density[position], context)).mul_(factors[position])
         deltas.append(delta)
     return deltas
 
 
-def _drop_dead_knobs(values: Values) -> list[str]:
+def drop_dead_knobs(values: Values) -> list[str]:
+    """Explain a random drop that drops nothing."""
     if all(density in (0, 1) for density in values["density"]):
-        return ["density: nothing is dropped at random, so that the seed and rescale have no effect"]
+        return ["density: nothing is dropped at random, so that the seed and the other knobs of the drop are dead"]
     return []
 
 
-def _linear_copy(values: Values, count: int, base_given: bool) -> Source | None:
+def linear_copy(values: Values, count: int, base_given: bool) -> Source | None:
+    """Return the input that a sum of thinned out task vectors is: the base, one model, or neither."""
     applied = [
         scale if density > 0 else 0.0
         for scale, density in zip(
@@ -114,9 +125,10 @@ def _linear_copy(values: Values, count: int, base_given: bool) -> Source | None:
     return source if source is None or source == "base" or values["density"][source] == 1 else None
 
 
-def _linear_dead_knobs(values: Values, count: int) -> list[str]:
+def linear_dead_knobs(values: Values, count: int) -> list[str]:
+    """Explain the knobs that can have no effect on a sum of task vectors that are dropped from at random."""
     dead = zeroed(values["weight"], values["lambda"]) or cancelled_weight(values["weight"], values["normalize"])
-    return dead + _drop_dead_knobs(values)
+    return dead + drop_dead_knobs(values)
 
 
 @method(
@@ -125,9 +137,9 @@ def _linear_dead_knobs(values: Values, count: int) -> list[str]:
     reference="arXiv:2311.03099",
     random=True,
     elementwise=True,
-    dead_knobs=_linear_dead_knobs,
+    dead_knobs=linear_dead_knobs,
     measure=_rescales,
-    copy_of=_linear_copy,
+    copy_of=linear_copy,
 )
 def dare_linear(
     base: Tensor,
@@ -148,15 +160,13 @@ def dare_linear(
     """
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)
-    merged: Tensor | None = None
-    for position, delta in zip(voters, _dropped_deltas(base, models, density, measured, voters, context), strict=True):
-        delta.mul_(applied[position])
-        merged = delta if merged is None else merged.add_(delta)
-    return base.clone() if merged is None else merged.add_(base)
+    deltas = _dropped_deltas(base, models, density, measured, voters, context)
+    return add_scaled(base, deltas, [applied[position] for position in voters])
 
 
-def _ties_dead_knobs(values: Values, count: int) -> list[str]:
-    return elected_dead_knobs(values, count) + _drop_dead_knobs(values)
+def ties_dead_knobs(values: Values, count: int) -> list[str]:
+    """Explain the knobs that can have no effect on an election of task vectors that are dropped from at random."""
+    return elected_dead_knobs(values, count) + drop_dead_knobs(values)
 
 
 @method(
@@ -165,7 +175,7 @@ def _ties_dead_knobs(values: Values, count: int) -> list[str]:
     reference="arXiv:2311.03099, arXiv:2306.01708",
     random=True,
     elementwise=True,
-    dead_knobs=_ties_dead_knobs,
+    dead_knobs=ties_dead_knobs,
     measure=_rescales,
     copy_of=elected_copy,
 )

@@ -32,7 +32,7 @@ def gram_matrix(operands: Operands) -> Tensor:
     for _, base, models in operands.pieces():
         vectors = [(model if base is None else torch.sub(model, base)).double() for model in models]
         for (i, j), partial in sums.items():
-            partial += partial_sums(vectors[i] * vectors[j])
+            partial += partial_sums(vectors[i] * vectors[j], operands.row_elements)
     gram = torch.zeros(count, count, dtype=torch.float64)
     for (i, j), partial in sums.items():
         gram[i, j] = gram[j, i] = math.fsum(partial)

@@ -23,7 +23,13 @@ _LANES = 1 << 16
 
 
 def keep_mask(
-    seed: int, name: str, stream: int, start: int, count: int, probability: float, device: torch.device | None = None
+    seed: int,
+    name: str,
+    stream: int,
+    start: int,
+    count: int,
+    probability: float | Tensor,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return which of the elements start … start+count−1 are kept, each with the given probability.
 
@@ -33,7 +39,8 @@ def keep_mask(
         stream: which of the tensor's independent masks: the position of the model.
         start: index of the first element in the flattened tensor.
         count: number of elements.
-        probability: in [0, 1], rounded to a multiple of 2⁻³² (never to 0 when positive).
+        probability: in [0, 1], rounded to a multiple of 2⁻³² (never to 0 when positive): one for all, or a tensor
+            [count] on that device.
         device: where the mask is computed and returned.
 
     Returns:
@@ -44,18 +51,25 @@ def keep_mask(
         >>> torch.equal(whole[40:], keep_mask(0, "w", 0, start=40, count=60, probability=0.5))
         True
     """
-    limit = round(probability * (1 << 32))
-    if probability > 0:
-        limit = max(1, limit)
+    limit = _limits(probability)
     kept = torch.empty(count, dtype=torch.bool, device=device)
     done = 0
     while done < count:
         high, low = divmod(start + done, 1 << 32)
         lanes = min(_LANES, count - done, (1 << 32) - low)
         hashed = _hashed(low, lanes, _key(seed, name, stream, high), device)
-        torch.lt(hashed, limit, out=kept[done : done + lanes])
+        below = limit[done : done + lanes] if isinstance(limit, Tensor) else limit
+        torch.lt(hashed, below, out=kept[done : done + lanes])
         done += lanes
     return kept
+
+
+def _limits(probability: float | Tensor) -> int | Tensor:
+    """The hash value below which an element is kept."""
+    if isinstance(probability, Tensor):
+        limits = (probability.double() * (1 << 32)).round_().to(torch.int64)
+        return torch.where(probability > 0, limits.clamp_min_(1), 0)
+    return max(1, round(probability * (1 << 32))) if probability > 0 else 0
 
 
 def _key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:

@@ -32,12 +32,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Operands:
-    """The inputs of one merge, in their stored dtypes."""
+    """The inputs of one merge, in their stored dtypes; with `whole_rows`, no piece of them cuts a row."""
 
     base: Tensor | None
     models: tuple[Tensor, ...]
     context: TensorContext
     piece_elements: int | None = None
+    whole_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.piece_elements is not None and self.piece_elements % _SUM_ROW_ELEMENTS:
@@ -49,6 +50,12 @@ class Operands:
     def numel(self) -> int:
         """Number of elements of the merged tensor."""
         return self.models[0].numel()
+
+    @property
+    def row_elements(self) -> int:
+        """Length of a row, the last dimension; a vector or a single number is one row. 1 when pieces may cut rows."""
+        shape = self.models[0].shape
+        return shape[-1] if self.whole_rows and shape else 1
 
     def whole(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Return base and models as full float32 tensors (the inputs themselves where they are float32).
@@ -83,7 +90,9 @@ class Operands:
 
     def _runs(self) -> Iterator[slice]:
         default = PIECE_ELEMENTS if self.models[0].device.type == "cpu" else ACCELERATOR_PIECE_ELEMENTS
-        elements = self.piece_elements or default
+        # Borders fall between the groups that `partial_sums` adds up, whatever the piece size.
+        group = _group_elements(self.row_elements)
+        elements = max(1, (self.piece_elements or default) // group) * group
         return (slice(start, start + elements) for start in range(0, self.numel, elements))
 
     def _float32(self, run: Tensor, source: Source) -> Tensor:
@@ -109,12 +118,29 @@ def is_finite(values: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def partial_sums(values: Tensor) -> list[float]:
-    """Return the sums of a 1-d float64 tensor over short fixed rows, to be added with `math.fsum`.
+def partial_sums(values: Tensor, row_elements: int = 1) -> list[float]:
+    """Return the sums of a 1-d float64 tensor over short fixed runs, to be added with `math.fsum`.
 
-    A row is always added by one thread, and `fsum` rounds only once, so that the total depends neither on the number
-    of threads nor on the piece size.
+    A run is always added by one thread, and `fsum` rounds only once, so that the total depends neither on the number
+    of threads nor on the piece size. `row_elements` is that of the operands which the values come from.
     """
-    whole = values.numel() - values.numel() % _SUM_ROW_ELEMENTS
-    sums: list[float] = values[:whole].view(-1, _SUM_ROW_ELEMENTS).sum(dim=1).tolist()
-    return [*sums, values[whole:].sum().item()]
+    group = _group_elements(row_elements)
+    whole = values.numel() - values.numel() % group
+    last = values[whole:]
+    sums: list[float] = row_sums(values[:whole].view(-1, group)).flatten().tolist()
+    return [*sums, last.sum().item()] if last.numel() else sums
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """Return the sum of each row of a 2-d float64 tensor: in short runs, so that no thread count changes it."""
+    runs = rows.shape[1] // _SUM_ROW_ELEMENTS
+    whole = runs * _SUM_ROW_ELEMENTS
+    tail = rows[:, whole:].sum(dim=1)
+    if not runs:
+        return tail
+    return rows[:, :whole].reshape(len(rows), runs, _SUM_ROW_ELEMENTS).sum(dim=2).sum(dim=1).add_(tail)
+
+
+def _group_elements(row_elements: int) -> int:
+    """Several short rows, or one long one: what no border between pieces cuts, and what is added up at once."""
+    return row_elements * max(1, _SUM_ROW_ELEMENTS // row_elements)

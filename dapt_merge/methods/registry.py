@@ -27,6 +27,13 @@ _BUILT_IN = (
     "task_arithmetic",
     "ties",
     "dare",
+    "della",
+    "breadcrumbs",
+    "model_stock",
+    "sce",
+    "nearswap",
+    "ram",
+    "arcee_fusion",
     "nuslerp",
     "spherical_means",
     "singular_vectors",
@@ -49,7 +56,9 @@ def method(
     random: bool = False,
     dead_knobs: Callable[[Values, int], list[str]] | None = None,
     elementwise: bool = False,
+    whole_rows: bool = False,
     measure: Callable[..., Any] | None = None,
+    check: Callable[[Values, str], None] | None = None,
     copy_of: Callable[[Values, int, bool], Source | None] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a merge method and return it unchanged (see `contract.Method`).
@@ -82,7 +91,9 @@ def method(
             reference=reference,
             random=random,
             elementwise=elementwise,
+            whole_rows=whole_rows,
             measure=measure,
+            check=check,
             copy_of=copy_of,
         )
         _methods[name] = declared if dead_knobs is None else _with_dead_knobs(declared, dead_knobs)

@@ -8,8 +8,9 @@ What this module does not know: what the values are; they come as a stream, from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,30 +44,35 @@ def kept_count(density: float, numel: int) -> int:
 
 
 def find_cutoff(stream: Callable[[], Iterator[Tensor]], kept: int) -> Cutoff:
-    """Return the cutoff that keeps exactly `kept` of the elements.
+    """Return the cutoff that keeps exactly `kept` of the elements; the arguments are as for `find_cutoffs`."""
+    return find_cutoffs(stream, [kept])[0]
+
+
+def find_cutoffs(stream: Callable[[], Iterator[Tensor]], kept: Sequence[int]) -> list[Cutoff]:
+    """Return, for each count, the cutoff that keeps exactly so many of the elements.
 
     Args:
         stream: gives the values from the start each time it is called, as 1-d float32 pieces that may be overwritten.
-        kept: at least 1, at most the number of elements.
+        kept: counts, each at least 1 and at most the number of elements.
     """
-    high = torch.zeros(_BUCKETS_HIGH, dtype=torch.int64)
-    for piece in stream():
-        buckets = _bits(piece).bitwise_right_shift_(_LOW_BITS)
-        high += torch.bincount(buckets, minlength=_BUCKETS_HIGH).cpu()
-    bucket, above = _bucket_of(high, kept)
+    cutoffs = []
+    for border in _borders(stream, kept):
+        last_tied = border.elements - 1
+        if border.tied_kept < border.tied:
+            last_tied = _index_of_tie(stream(), border.magnitude_bits, border.tied_kept)
+        cutoffs.append(Cutoff(border.magnitude_bits, last_tied))
+    return cutoffs
 
-    low = torch.zeros(_BUCKETS_LOW, dtype=torch.int64)
-    for piece in stream():
-        bits = _bits(piece)
-        inside = bits[(bits >> _LOW_BITS) == bucket]
-        low += torch.bincount(inside & (_BUCKETS_LOW - 1), minlength=_BUCKETS_LOW).cpu()
-    lower, above_inside = _bucket_of(low, kept - above)
 
-    magnitude_bits = (bucket << _LOW_BITS) | lower
-    tied_kept = kept - above - above_inside
-    if tied_kept == int(low[lower]):
-        return Cutoff(magnitude_bits, int(high.sum()) - 1)
-    return Cutoff(magnitude_bits, _index_of_tie(stream(), magnitude_bits, tied_kept))
+def magnitudes_of_rank(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int]) -> list[float]:
+    """Return the magnitudes of the given ranks, 1 being the largest; the stream is as for `find_cutoffs`.
+
+    Example:
+        >>> magnitudes_of_rank(lambda: iter([torch.tensor([3.0, -5.0, 1.0])]), [1, 3])
+        [5.0, 1.0]
+    """
+    bits = [border.magnitude_bits for border in _borders(stream, ranks)]
+    return [float(value) for value in torch.tensor(bits, dtype=torch.int32).view(torch.float32)]
 
 
 def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
@@ -77,6 +83,38 @@ def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
     torch.ge(bits[:border], cutoff.magnitude_bits, out=kept[:border])
     torch.gt(bits[border:], cutoff.magnitude_bits, out=kept[border:])
     return kept
+
+
+class _Border(NamedTuple):
+    """The magnitude at a rank, how many elements have exactly that magnitude, and how many of those reach the rank."""
+
+    magnitude_bits: int
+    tied: int
+    tied_kept: int
+    elements: int
+
+
+def _borders(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int]) -> list[_Border]:
+    high = torch.zeros(_BUCKETS_HIGH, dtype=torch.int64)
+    for piece in stream():
+        buckets = _bits(piece).bitwise_right_shift_(_LOW_BITS)
+        high += torch.bincount(buckets, minlength=_BUCKETS_HIGH).cpu()
+    found = [_bucket_of(high, rank) for rank in ranks]
+
+    low = {bucket: torch.zeros(_BUCKETS_LOW, dtype=torch.int64) for bucket, _ in found}
+    for piece in stream():
+        bits = _bits(piece)
+        buckets = bits >> _LOW_BITS
+        for bucket, histogram in low.items():
+            inside = bits[buckets == bucket]
+            histogram += torch.bincount(inside & (_BUCKETS_LOW - 1), minlength=_BUCKETS_LOW).cpu()
+
+    borders = []
+    for rank, (bucket, above) in zip(ranks, found, strict=True):
+        lower, above_inside = _bucket_of(low[bucket], rank - above)
+        magnitude_bits = (bucket << _LOW_BITS) | lower
+        borders.append(_Border(magnitude_bits, int(low[bucket][lower]), rank - above - above_inside, int(high.sum())))
+    return borders
 
 
 def _bits(values: Tensor) -> Tensor:

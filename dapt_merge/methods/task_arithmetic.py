@@ -41,6 +41,15 @@ def input_copied(applied: Sequence[float]) -> Source | None:
     return active[0] if len(active) == 1 and applied[active[0]] == 1 else None
 
 
+def add_scaled(base: Tensor, deltas: Sequence[Tensor], applied: Sequence[float]) -> Tensor:
+    """Return θ₀ + Σsᵢδᵢ for task vectors that are no longer differences of inputs; they are overwritten."""
+    merged: Tensor | None = None
+    for delta, scale in zip(deltas, applied, strict=True):
+        delta.mul_(scale)
+        merged = delta if merged is None else merged.add_(delta)
+    return base.clone() if merged is None else merged.add_(base)
+
+
 def cancelled_weight(weight: Sequence[float], normalize: bool) -> list[str]:
     """Explain a weight that the normalization divides out again."""
     if normalize and sum(share != 0 for share in weight) == 1:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dapt_merge.methods.contract import Parameter
 from dapt_merge.recipe.parts import INERT_PARAMETERS, Part
 from dapt_merge.recipe.resolving import resolve
 from dapt_merge.recipe.schema import Recipe
+from dapt_merge.recipe.settings import read_setting
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
@@ -47,24 +49,20 @@ def _overruled_settings(recipe: Recipe) -> Iterator[str]:
         name = parameter.name
         blocks = [slice_.parameters for slice_ in recipe.slices or ()] or [{}]
         if name in recipe.parameters and all(
-            _fits_all_before_default(block.get(name)) or (parameter.per_model and _all_have_their_own(part, name))
+            _fits_all_before_default(block.get(name), parameter) or _all_have_their_own(part, parameter)
             for part, block in zip(recipe.parts, blocks, strict=True)
         ):
             who = "slice" if recipe.slices else "model"
             yield f"parameters.{name} has no effect: every {who} has its own '{name}'."
 
 
-def _all_have_their_own(part: Part, name: str) -> bool:
-    return all(_fits_all_before_default(entry.parameters.get(name)) for entry in part.models)
+def _all_have_their_own(part: Part, parameter: Parameter) -> bool:
+    own = [entry.parameters.get(parameter.name) for entry in part.models]
+    return parameter.per_model and all(_fits_all_before_default(setting, parameter) for setting in own)
 
 
-def _fits_all_before_default(setting: object) -> bool:
-    if setting is None:
-        return False
-    conditions = [setting] if isinstance(setting, dict) else setting
-    if not isinstance(conditions, list) or not any(isinstance(entry, dict) for entry in conditions):
-        return True
-    return any(isinstance(entry, dict) and entry.get("filter") in (None, "*") for entry in conditions)
+def _fits_all_before_default(setting: object, parameter: Parameter) -> bool:
+    return setting is not None and any(clause.fits_all for clause in read_setting(setting, parameter, parameter.name))
 
 
 def _dead_knobs(recipe: Recipe) -> Iterator[str]:
@@ -87,16 +85,34 @@ def _dead_knobs(recipe: Recipe) -> Iterator[str]:
 def _places(recipe: Recipe, part: Part, index: int) -> Iterator[tuple[str, Part, str, int]]:
     """Yield (description, part, tensor name, layer of two) for each filter, and for what fits none, at both ends."""
     chains = [chain for per_model in part.clauses.values() for chain in per_model]
-    filters = dict.fromkeys(clause.filter for chain in chains for clause in chain if clause.filter is not None)
-    fits_none = "\x00"
-    names = [*filters, fits_none] if all(any(c.fits(fits_none) for c in chain) for chain in chains) else [*filters]
+    conditions = dict.fromkeys((c.filter, c.group) for chain in chains for c in chain if not c.fits_all)
+    names = {_name_of(*condition): _described(*condition) for condition in conditions}
+    names["\x00"] = "the other tensors"  # no filter fits it, and no group
     of_what = "" if recipe.slices is None else f" of slice {index}"
-    for name in names:
+    for name, kind in names.items():
         if not all(any(clause.fits(name) for clause in chain) for chain in chains):
             continue
-        kind = "the other tensors" if name == fits_none else f"tensors named like '{name}'"
         for layer, end in ((0, "first"), (1, "last")):
             yield f"{kind} of the {end} layer{of_what}", part, name, layer
+
+
+# A tensor name of each group, to ask what a setting by group gives.
+_NAME_IN_GROUP = {
+    "attention": "self_attn.q_proj.weight",
+    "mlp": "mlp.up_proj.weight",
+    "embedding": "embed_tokens.weight",
+    "norm": "norm.weight",
+    "head": "lm_head.weight",
+}
+
+
+def _name_of(part_of_name: str | None, group: str | None) -> str:
+    return ".".join(part for part in (part_of_name, _NAME_IN_GROUP.get(group or "")) if part)
+
+
+def _described(part_of_name: str | None, group: str | None) -> str:
+    named = "" if part_of_name is None else f" named like '{part_of_name}'"
+    return f"tensors{named}" if group is None else f"{group} tensors{named}"
 
 
 def _linear_complement(recipe: Recipe) -> Iterator[str]:

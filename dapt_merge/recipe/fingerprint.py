@@ -77,7 +77,7 @@ def _layers(source: PartInput, part: Part) -> list[int]:
 def _clause(clause: Clause) -> list[Any]:
     # Adding 0.0 turns -0.0 into 0.0; `repr` in JSON keeps every bit of the rest.
     anchors = [a if isinstance(a, bool | str) else float(a) + 0.0 for a in clause.anchors]
-    return [clause.filter, anchors]
+    return [clause.filter, anchors] if clause.group is None else [clause.filter, anchors, clause.group]
 
 
 def _content(reference: str, inputs: Mapping[str, str]) -> str:

@@ -1,8 +1,16 @@
-"""One parameter's setting: a value, a gradient over the layers, or a list of filters, each with a value or a gradient.
+"""One parameter's setting: a value, a gradient over the layers, or one of these for each group of tensors or filter.
 
-The idea: every spelling becomes a short list of clauses, tried in order; the first whose filter fits the tensor's name
-gives the value at the tensor's depth. A model's own clauses, then the recipe's, then the method's default: that is the
-precedence. What this module does not know: recipes, layers' numbers, methods beyond a parameter's declaration.
+    weight: 0.5                                      one value
+    weight: [0, 0.5, 1]                              a gradient, from the first layer to the last
+    weight: {attention: 0.3, mlp: 0.7, rest: 0.5}    by group (our own; `rest` is what the named groups leave)
+    weight:                                          tried in order: the first entry that fits a tensor gives its value
+      - {group: norm, value: 1}                      by group (our own)
+      - {filter: layers.0., value: 0.2}              by a part of the tensor's name
+      - {value: 0.5}                                 the rest
+
+The idea: every spelling becomes a short list of clauses, tried in order; the first that fits the tensor gives the value
+at the tensor's depth. A model's own clauses, then the recipe's, then the method's default: that is the precedence. What
+this module does not know: recipes, layers' numbers, methods beyond a parameter's declaration.
 """
 
 from __future__ import annotations
@@ -11,25 +19,37 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dapt_merge.checkpoints.groups import GROUPS, tensor_group
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Parameter
 
 Scalar = float | bool | str
+# In a setting by group: the tensors of none of the groups that it names.
+REST = "rest"
+_ENTRY_KEYS = ("filter", "group", "value")
 
 
 @dataclass(frozen=True)
 class Clause:
-    """The value, or the anchors of a gradient, for the tensors that a filter fits.
+    """The value, or the anchors of a gradient, for the tensors that a filter or a group fits.
 
-    `filter` is a substring of tensor names; None fits every tensor.
+    `filter` is a substring of tensor names, `group` one of `checkpoints.groups.GROUPS`; None fits every tensor.
     """
 
     filter: str | None
     anchors: tuple[Scalar, ...]
+    group: str | None = None
 
     def fits(self, tensor_name: str) -> bool:
-        """Say whether the clause applies to a tensor. (Filters by group name would be told apart here.)"""
-        return self.filter is None or self.filter in tensor_name
+        """Say whether the clause applies to a tensor."""
+        if self.filter is not None and self.filter not in tensor_name:
+            return False
+        return self.group is None or tensor_group(tensor_name).kind == self.group
+
+    @property
+    def fits_all(self) -> bool:
+        """Whether the clause applies to every tensor, so that none behind it is ever reached."""
+        return self.filter is None and self.group is None
 
     @property
     def is_gradient(self) -> bool:
@@ -63,7 +83,7 @@ def read_setting(raw: object, parameter: Parameter, where: str) -> tuple[Clause,
             the path of the key in the recipe, for example `models.0.parameters.weight`.
     """
     if isinstance(raw, Mapping):
-        return (_read_condition(raw, parameter, where),)
+        return _read_mapping(raw, parameter, where)
     if isinstance(raw, Sequence) and not isinstance(raw, str) and any(isinstance(entry, Mapping) for entry in raw):
         return tuple(_read_condition(entry, parameter, f"{where}.{index}") for index, entry in enumerate(raw))
     return (Clause(None, _read_anchors(raw, parameter, where)),)
@@ -72,9 +92,30 @@ def read_setting(raw: object, parameter: Parameter, where: str) -> tuple[Clause,
 def truncate(clauses: Sequence[Clause]) -> tuple[Clause, ...]:
     """Leave out the clauses that can never be reached because an earlier one fits every tensor."""
     for index, clause in enumerate(clauses):
-        if clause.filter is None:
+        if clause.fits_all:
             return tuple(clauses[: index + 1])
     return tuple(clauses)
+
+
+def _read_mapping(raw: Mapping[object, object], parameter: Parameter, where: str) -> tuple[Clause, ...]:
+    """Read a mapping: one entry of a list of filters, or a value for each of some groups."""
+    if not raw or any(key in _ENTRY_KEYS for key in raw):
+        return (_read_condition(raw, parameter, where),)
+    for key in raw:
+        if key not in (*GROUPS, REST):
+            known = [*GROUPS, REST, *_ENTRY_KEYS]
+            raise InputError(
+                f"{_shown(key)} is neither a group of tensors nor '{REST}'.{nearest(str(key), known)}",
+                where=f"{where}.{key}",
+                remedy=f"The groups are {', '.join(GROUPS)}; '{REST}' is all other tensors.",
+            )
+    # The groups do not overlap, so their order means nothing: one order, one fingerprint.
+    named = tuple(
+        Clause(None, _read_anchors(raw[group], parameter, f"{where}.{group}"), group)
+        for group in GROUPS
+        if group in raw
+    )
+    return (*named, Clause(None, _read_anchors(raw[REST], parameter, f"{where}.{REST}"))) if REST in raw else named
 
 
 def _read_condition(raw: object, parameter: Parameter, where: str) -> Clause:
@@ -85,23 +126,29 @@ def _read_condition(raw: object, parameter: Parameter, where: str) -> Clause:
             remedy="Write each entry as '- filter: PART_OF_NAME' and 'value: …'; leave the filter out for the rest.",
         )
     for key in raw:
-        if key not in ("filter", "value"):
+        if key not in _ENTRY_KEYS:
             raise InputError(
-                f"unknown key {_shown(key)} beside a filter.{nearest(str(key), ['filter', 'value'])}",
+                f"unknown key {_shown(key)} beside a filter.{nearest(str(key), list(_ENTRY_KEYS))}",
                 where=f"{where}.{key}",
-                remedy="An entry has a 'value' and, unless it fits every tensor, a 'filter'.",
+                remedy="An entry has a 'value' and, unless it fits every tensor, a 'filter' or a 'group'.",
             )
     if "value" not in raw:
         raise InputError("this entry has no 'value'", where=where, remedy="Add 'value: …' to the entry.")
-    name_part = raw.get("filter")
+    name_part, group = raw.get("filter"), raw.get("group")
     if name_part is not None and (not isinstance(name_part, str) or not name_part):
         raise InputError(
             f"filter is {_shown(name_part)}; it must be a part of tensor names",
             where=f"{where}.filter",
             remedy="Write for example 'filter: self_attn', or leave the filter out to fit every tensor.",
         )
+    if group is not None and group not in GROUPS:
+        raise InputError(
+            f"there is no group {_shown(group)}.{nearest(str(group), list(GROUPS))}",
+            where=f"{where}.group",
+            remedy=f"The groups are {', '.join(GROUPS)}.",
+        )
     anchors = _read_anchors(raw["value"], parameter, f"{where}.value")
-    return Clause(None if name_part == "*" else name_part, anchors)
+    return Clause(None if name_part == "*" else name_part, anchors, group)
 
 
 def _read_anchors(raw: object, parameter: Parameter, where: str) -> tuple[Scalar, ...]:

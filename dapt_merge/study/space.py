@@ -23,16 +23,6 @@ Value = float | bool | str
 Point = dict[str, Value]
 Endpoint = Literal["base", "dapt"]
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    # What a group's filter must find in a tensor's name, over the common model families.
-    "attention": ("attn", "attention"),
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "embedding": ("embed", "wte"),
-    "norm": ("norm", "ln_"),
-    "head": ("lm_head",),
-}
-REST = "rest"
-
 
 @dataclass(frozen=True)
 class Range:
@@ -199,6 +189,9 @@ def _checkpoint_choices(raw: Any, checkpoints: Mapping[str, str], where: str) ->
 
 
 def _parameter_knobs(name: str, raw: Any, methods: Sequence[Method], where: str) -> list[Knob]:
+    from dapt_merge.checkpoints.groups import GROUPS
+    from dapt_merge.recipe.settings import REST
+
     declaring = [method for method in methods if _declared(method, name)]
     if not declaring:
         known = sorted({parameter.name for method in methods for parameter in method.parameters} | {"weight"})
@@ -235,6 +228,9 @@ def _parameter_knobs(name: str, raw: Any, methods: Sequence[Method], where: str)
 
 
 def _with_rest(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    from dapt_merge.checkpoints.groups import GROUPS
+    from dapt_merge.recipe.settings import REST
+
     if REST not in raw and set(raw) != set(GROUPS):
         raise InputError(
             "the tensors outside the named groups have no weight", where=where, remedy=f"Add {REST}: to the groups."
@@ -464,7 +460,7 @@ def to_recipe(space: Space, point: Mapping[str, Value]) -> Recipe:
 
     parameters, groups = _parameters(space, point)
     if groups:
-        parameters["weight"] = [_group_values(groups)]
+        parameters["weight"] = groups
     folder = space.checkpoints[str(point["checkpoint"])]
     return make_recipe(space.base, [folder], str(point["method"]), seed=space.mask_seed, **parameters)
 
@@ -484,16 +480,6 @@ def _parameters(space: Space, point: Mapping[str, Value]) -> tuple[dict[str, Any
 def _declared_name(method: Method, name: str) -> str:
     parameter = _declared(method, name)
     return name if parameter is None else parameter.name
-
-
-def _group_values(groups: Mapping[str, Value]) -> list[dict[str, Value]]:
-    """Write group weights in the recipe's dialect: the first filter found in a tensor's name decides."""
-    # Norms first: "post_attention_layernorm" also contains "attention".
-    order = sorted((group for group in groups if group != REST), key=lambda group: group != "norm")
-    listed: list[dict[str, Value]] = [
-        {"filter": text, "value": groups[group]} for group in order for text in GROUPS[group]
-    ]
-    return [*listed, {"value": groups[REST]}] if REST in groups else listed
 
 
 def describe(point: Mapping[str, Value]) -> str:
