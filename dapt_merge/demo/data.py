@@ -38,7 +38,7 @@ _QUICK_SHARE = 0.35
 _FEWEST_ITEMS = 6
 
 # Items of each task in the full mode: about 5,000 + 6,000 tokens of text and 5,000 of questions for the search, about
-# 25,000 and 20,000 for the report.
+# 27,000 and 14,000 for the report.
 _ITEMS: Mapping[Purpose, Mapping[str, int]] = {
     "search": {
         "icd11_fr_bpb": 36,
@@ -61,10 +61,10 @@ _ITEMS: Mapping[Purpose, Mapping[str, int]] = {
         "c4_en_bpb": 22,
         "openwebtext_en_bpb": 22,
         "wikipedia_en_bpb": 22,
-        "icd11_chapter_fr": 36,
-        "icd11_fr_en": 36,
-        "medmcqa_en": 40,
-        "mmlu_en": 50,
+        "icd11_chapter_fr": 24,
+        "icd11_fr_en": 24,
+        "medmcqa_en": 24,
+        "mmlu_en": 30,
         "exams_fr": 22,
     },
 }
