@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from dapt_merge.errors import InputError, nearest
+from dapt_merge.errors import InputError
+from dapt_merge.yaml_files import explained, read_mapping
 
 
 class Suite(BaseModel):
@@ -65,7 +65,11 @@ def load_suite(path: str | Path) -> Suite:
             wrong value, or an include path is no folder.
     """
     path = Path(path)
-    suite = _validated(_read_mapping(path), path)
+    content = read_mapping(path, what="a suite", remedy="Write the keys name, axis, tasks and include_path.")
+    try:
+        suite = Suite.model_validate(content)
+    except ValidationError as error:
+        raise explained(error, path, lambda location: list(Suite.model_fields)) from None
     folders = [(path.parent / folder.expanduser()).resolve() for folder in suite.include_path]
     for folder in folders:
         if not folder.is_dir():
@@ -75,39 +79,3 @@ def load_suite(path: str | Path) -> Suite:
                 remedy="Correct include_path; it is relative to the suite file.",
             )
     return suite.model_copy(update={"include_path": folders})
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise InputError(
-            f"the suite file cannot be read ({error.strerror})", where=path, remedy="Check the path of the suite."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the suite file is not valid YAML: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"a suite file is a mapping, found {type(content).__name__}",
-            where=path,
-            remedy="Write the keys name, axis, tasks and include_path.",
-        )
-    return content
-
-
-def _validated(content: dict[str, Any], path: Path) -> Suite:
-    try:
-        return Suite.model_validate(content)
-    except ValidationError as error:
-        # A misspelt key also shows as a missing one: the spelling is what the user has to see.
-        first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = tuple(Suite.model_fields)
-            raise InputError(
-                f"unknown key '{key}'.{nearest(key, known)}", where=path, remedy=f"Known keys: {', '.join(known)}."
-            ) from error
-        if first["type"] == "missing":
-            raise InputError(f"the key '{key}' is missing", where=path, remedy=f"Add '{key}:' to the suite.") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{key}: {message}; found {first['input']!r}", where=f"{path}, key {key}") from error

@@ -7,22 +7,18 @@ by the modules that use them.
 from __future__ import annotations
 
 import copy
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.recipe.reading import parse_override
+from dapt_merge.yaml_files import explained, read_mapping
 
 Role = Literal["domain", "replay"]
 Precision = Literal["bf16-master", "fp32", "bf16-autocast", "auto"]
-
-# A run's description is a page of text; anything of this size is another file given by mistake.
-_LARGEST_FILE_BYTES = 2**20
 
 
 class CorpusSource(BaseModel):
@@ -129,34 +125,18 @@ def load_pretrain_config(source: str | Path | Mapping[str, Any], overrides: Sequ
         0.0001
     """
     origin = "configuration" if isinstance(source, Mapping) else str(source)
-    content = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    content = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     try:
         content = _with_overrides(content, overrides)
         if not isinstance(source, Mapping):
             _locate_inputs(content, Path(source).parent)
         return PretrainConfig.model_validate(content)
     except ValidationError as error:
-        raise _explained(error, origin) from None
+        raise explained(error, origin, _fields_at) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    remedy = "Start from recipes/pretrain-demo.yaml."
-    if not path.is_file():
-        raise InputError("there is no such file", where=path, remedy=f"Check the path. {remedy}")
-    if path.stat().st_size > _LARGEST_FILE_BYTES:
-        raise InputError("this is no run's description: it is larger than 1 MiB", where=path, remedy=remedy)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise InputError("the file is not UTF-8 text", where=path, remedy=remedy) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "no YAML"
-        raise InputError(f"not valid YAML{line}: {problem}", where=path, remedy="Correct that line.") from None
-    if not isinstance(content, dict):
-        raise InputError("a run is described by a mapping of keys to values", where=path, remedy=remedy)
-    return content
+def _read(path: Path) -> dict[str, Any]:
+    return read_mapping(path, what="a run", remedy="Start from recipes/pretrain-demo.yaml.")
 
 
 def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -205,21 +185,5 @@ def _locate_inputs(content: dict[str, Any], folder: Path) -> None:
                 sources[index] = located(source)
 
 
-def _explained(error: ValidationError, origin: str) -> InputError:
-    """Say the first of pydantic's findings in our own three parts."""
-    finding = error.errors(include_url=False)[0]
-    path = [str(part) for part in finding["loc"]]
-    where = f"{origin}: {'.'.join(path)}" if path else origin
-    inside = path[:1] == ["corpus"] and len(path) > 1
-    fields = list(CorpusSource.model_fields if inside else PretrainConfig.model_fields)
-    if finding["type"] == "extra_forbidden":
-        return InputError(
-            f"unknown key '{path[-1]}'.{nearest(path[-1], fields)}",
-            where=where,
-            remedy=f"Known keys here: {', '.join(fields)}.",
-        )
-    if finding["type"] == "missing":
-        return InputError(f"the key '{path[-1]}' is missing", where=where, remedy=f"Add '{path[-1]}: …'.")
-    message = finding["msg"].removeprefix("Value error, ")
-    found = "" if finding["type"] == "value_error" else f" (found {reprlib.repr(finding.get('input'))})"
-    return InputError(f"{message}{found}", where=where, remedy="Correct the value.")
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    return list(CorpusSource.model_fields if location[:1] == ("corpus",) else PretrainConfig.model_fields)

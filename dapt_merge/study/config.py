@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
+from dapt_merge.yaml_files import explained, read_mapping
 
 SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "gp", "qmc", "random", "grid")
 MINIMISED_METRICS = ("bits_per_byte", "brier_score")
@@ -141,7 +141,7 @@ def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequenc
     try:
         config = StudyConfig.model_validate(raw)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise explained(error, where, _known_keys) from error
     _check(config, where)
     return _with_absolute_paths(config, beside, where)
 
@@ -150,16 +150,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
     if isinstance(source, Mapping):
         return _deep_copy(source), "the study", Path.cwd()
     path = Path(source)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read the study ({error.strerror})", where=path, remedy="Give the path of a study's YAML file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the study is not valid YAML: {error}", where=path, remedy="Correct the file.") from error
-    if not isinstance(raw, dict):
-        raise InputError("the study is not a mapping of keys", where=path, remedy="See the examples in search/.")
+    raw = read_mapping(path, what="a study", remedy="See the examples in search/.")
     return raw, str(path), path.resolve().parent
 
 
@@ -180,25 +171,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise InputError(f"'{parent}' holds a value, not keys", where=override, remedy=f"Set {parent} itself.")
     target[last] = value
-
-
-def _explained(error: ValidationError, where: str) -> InputError:
-    """Say what pydantic found first in the study's own words."""
-    # A misspelt key also shows as a missing one: the spelling is what the user has to see.
-    first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    key = ".".join(str(part) for part in first["loc"])
-    place = f"{where}: {key}" if key else where
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        hint = nearest(str(first["loc"][-1]), known)
-        return InputError(
-            f"unknown key '{first['loc'][-1]}'.{hint}", where=place, remedy=f"Known keys here: {', '.join(known)}."
-        )
-    if first["type"] == "missing":
-        return InputError(f"the key '{key}' is missing", where=where, remedy=f"Add {key}: to the study.")
-    hint = nearest(str(first["input"]), SAMPLERS) if first["loc"] == ("sampler", "name") else ""
-    message = re.sub(r"^Value error, ", "", first["msg"])
-    return InputError(f"{message}, found {first['input']!r}.{hint}", where=place, remedy="Correct the value.")
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

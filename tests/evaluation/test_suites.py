@@ -39,7 +39,7 @@ def test_include_paths_are_relative_to_the_suite_file(folder, monkeypatch):
         (SUITE.replace("[quiz]", "[quiz, quiz]"), "listed twice: quiz"),
         (SUITE.replace("[quiz]", "quiz"), "tasks: .*list"),
         (SUITE.replace("path: tasks", "path: taks"), "task folder does not exist"),
-        ("- quiz\n", "a suite file is a mapping, found list"),
+        ("- quiz\n", "not a suite: expected a mapping of keys to values, found list"),
         ("name: [", "not valid YAML"),
     ],
 )

@@ -1,0 +1,105 @@
+"""The one way in for YAML files: read safely, refuse what is no mapping, say the line of what is wrong.
+
+A key given twice is an error here, where YAML would silently take the last. What the keys mean is known to the readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dapt_merge.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+# A description is a page of text; anything of this size is another file given by mistake.
+_LARGEST_FILE_BYTES = 2**20
+
+
+def read_mapping(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Args:
+        path: the file.
+        what: what it should be, with its article ("a study", "a suite"), for the messages.
+        remedy: what to do when it is something else.
+
+    Raises:
+        InputError: the file is missing, cannot be read, is no UTF-8, no YAML (with the line) or no mapping, or gives a
+            key twice.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _LARGEST_FILE_BYTES:
+            raise InputError(f"this is not {what}: it is larger than 1 MiB", where=path, remedy=remedy)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if isinstance(error, FileNotFoundError) else ""
+        raise InputError(
+            f"the file cannot be read ({error.strerror}).{hint}", where=path, remedy=f"Check the path. {remedy}"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError("the file is not UTF-8 text", where=path, remedy=remedy) from None
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML{_line(error)}", where=path, remedy="Correct that line.") from None
+    if not isinstance(content, dict):
+        found = "an empty file" if content is None else type(content).__name__
+        raise InputError(
+            f"this is not {what}: expected a mapping of keys to values, found {found}", where=path, remedy=remedy
+        )
+    return content
+
+
+def explained(
+    error: ValidationError, where: str | Path, fields_at: Callable[[tuple[int | str, ...]], list[str]]
+) -> InputError:
+    """Say the first of pydantic's findings in three parts; a misspelt key before the missing one that it causes.
+
+    Args:
+        error: what pydantic raised.
+        where: the file.
+        fields_at: the known keys of the section at a location.
+    """
+    findings = error.errors(include_url=False)
+    first = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
+    key = ".".join(str(part) for part in first["loc"])
+    place = f"{where}: {key}" if key else str(where)
+    known = fields_at(first["loc"][:-1])
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        remedy = f"Known keys here: {', '.join(known)}."
+        return InputError(f"unknown key '{name}'.{nearest(name, known)}", where=place, remedy=remedy)
+    if first["type"] == "missing":
+        return InputError(f"the key '{key}' is missing", where=where, remedy=f"Add '{key}: …'.")
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    found = "" if first["type"] == "value_error" else f", found {given!r:.80}."
+    choices = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
+    hint = nearest(str(given), [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")])
+    return InputError(f"{key}: {message}{found}{hint}" if key else message, where=place, remedy="Correct the value.")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    return (f" at line {mark.line + 1}" if mark else "") + (f": {problem}" if problem else "")
