@@ -72,6 +72,87 @@ def spherical(base: np.ndarray, model: np.ndarray, t: float) -> np.ndarray:
     return (np.sin((1 - t) * angle) * base + np.sin(t * angle) * model) / np.sin(angle)
 
 
+def banded(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    """Breadcrumbs: without the ⌊gamma·n⌋ largest magnitudes, the ⌊density·n⌋ (at least one) largest of the rest."""
+    flat = delta.reshape(-1)
+    order = sorted(range(flat.size), key=lambda index: (-abs(flat[index]), index))[int(gamma * flat.size) :]
+    out = np.zeros_like(flat)
+    kept = order[: max(1, int(density * flat.size))] if density > 0 else []
+    out[kept] = flat[kept]
+    return out.reshape(delta.shape)
+
+
+def rank_probabilities(delta: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """DELLA: per row (last dimension), density − ε for the smallest magnitude to density + ε for the largest."""
+    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
+    out = np.full(rows.shape, density)
+    for row, values in enumerate(rows):
+        ascending = sorted(range(values.size), key=lambda index: (abs(values[index]), -index))
+        for rank, index in enumerate(ascending if values.size > 1 else []):
+            out[row, index] = density - epsilon + 2 * epsilon * rank / (values.size - 1)
+    return out.reshape(delta.shape)
+
+
+def stocked(base: np.ndarray, models: Sequence[np.ndarray], filter_wise: bool) -> np.ndarray:
+    """Model Stock, one row after the other (one row in all unless filter-wise)."""
+    length = base.shape[-1] if filter_wise and base.ndim else base.size
+    rows = [array.reshape(-1, length) for array in (base, *models)]
+    out, count = np.empty_like(rows[0]), len(models)
+    for row in range(len(out)):
+        deltas = [array[row] - rows[0][row] for array in rows[1:]]
+        norms = [np.linalg.norm(delta) for delta in deltas]
+        pairs = [(i, j) for i in range(count) for j in range(i)]
+        cosine = np.mean([deltas[i] @ deltas[j] / (norms[i] * norms[j]) for i, j in pairs])
+        t = max(0.0, count * cosine / (1 + (count - 1) * cosine)) if cosine > 0 else 0.0
+        out[row] = (1 - t) * rows[0][row] + t * np.mean([array[row] for array in rows[1:]], axis=0)
+    return out.reshape(base.shape)
+
+
+def sce_update(deltas: Sequence[np.ndarray], select_topk: float) -> np.ndarray:
+    """SCE: select by variance, calculate weights by squares, erase minority signs."""
+    flat = np.array([delta.reshape(-1) for delta in deltas])
+    variances = flat.var(axis=0)
+    differing = int((variances > 0).sum())
+    order = sorted(range(variances.size), key=lambda index: (-variances[index], index))
+    if select_topk < 1:
+        flat[:, order[max(1, int(select_topk * differing)) :] if differing else order] = 0
+    weights = (flat**2).sum(axis=1)
+    agreeing = (np.sign(flat) == np.where(flat.sum(axis=0) >= 0, 1, -1)) * weights[:, None]
+    divisor = agreeing.sum(axis=0)
+    return ((agreeing * flat).sum(axis=0) / np.where(divisor == 0, 1, divisor)).reshape(deltas[0].shape)
+
+
+def reinforced_update(deltas: Sequence[np.ndarray], epsilon: float, r: float = 0, alpha: float = 0) -> np.ndarray:
+    """RAM (r 0) and RAM+: one element at a time."""
+    flat = np.array([delta.reshape(-1) for delta in deltas])
+    touched = np.abs(flat) > epsilon
+    alone = touched.sum(axis=0) == 1
+    out = np.zeros(flat.shape[1])
+    for model, mine in zip(flat, touched, strict=True):
+        unique, shared = (mine & alone).sum(), (mine & ~alone).sum()
+        factor = 1 + r * min(shared / unique, alpha) if unique else 1
+        out += np.where(mine, np.where(alone, factor * model, model / np.maximum(touched.sum(axis=0), 1)), 0)
+    return out.reshape(deltas[0].shape)
+
+
+def importance(base: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Arcee Fusion: |δ| times the divergence of the softmaxes of its row."""
+
+    def probabilities(values: np.ndarray) -> np.ndarray:
+        powers = np.exp(values - values.max(axis=-1, keepdims=True))
+        return powers / powers.sum(axis=-1, keepdims=True) + 1e-8
+
+    p, q = probabilities(np.atleast_1d(model)), probabilities(np.atleast_1d(base))
+    divergence = (p * np.log(p / q)).sum(axis=-1, keepdims=True)
+    return (np.abs(np.atleast_1d(model - base)) * divergence).reshape(base.shape)
+
+
+def outlier_threshold(importances: np.ndarray) -> float:
+    ascending = np.sort(importances.reshape(-1))
+    lower, median, upper = (ascending[int(share * (ascending.size - 1))] for share in (0.25, 0.5, 0.75))
+    return float(median + 1.5 * (upper - lower))
+
+
 def assert_close(ours: Tensor, expected: np.ndarray | Tensor, inputs: Sequence[Tensor], relative: float = 1e-6) -> None:
     """Agreement relative to the largest magnitude that entered an element: results may cancel, operands do not."""
     expected = wide(expected) if isinstance(expected, Tensor) else expected

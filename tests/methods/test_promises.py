@@ -13,16 +13,43 @@ from dapt_merge.methods.apply import combine
 from dapt_merge.methods.contract import Method, TensorContext
 from dapt_merge.methods.registry import get_method, method_names
 
-DELTA_METHODS = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+SPARSE_METHODS = [
+    "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
+]  # fmt: skip
+DELTA_METHODS = ["linear", "task_arithmetic", *SPARSE_METHODS]
 METHODS = [*DELTA_METHODS, "slerp"]
+# Those without a weight: values that neither copy nor ignore an input.
+WEIGHTLESS = {
+    "model_stock": {"filter_wise": True},
+    "sce": {"select_topk": 0.5},
+    "nearswap": {"t": 0.1},
+    "ram": {"epsilon": 0.05},
+    "ramplus_tl": {"epsilon": 0.05},
+    "arcee_fusion": {},
+    "passthrough": {"scale": 0.5},
+}
+EVERY_METHOD = [*METHODS, *WEIGHTLESS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def values_for(name: str, weight: float = 0.6) -> dict[str, object]:
+    if name in WEIGHTLESS:
+        return dict(WEIGHTLESS[name])
     values: dict[str, object] = {"t" if name == "slerp" else "weight": weight}
     if get_method(name).parameter("density"):
         values["density"] = 0.4
     return values
+
+
+def models_for(name: str, models: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As many of the models as the method takes."""
+    most = get_method(name).max_models
+    return models if most is None else models[:most]
+
+
+def whole(name: str) -> dict[str, object]:
+    """The values with which a method keeps every element."""
+    return {"gamma": 0} if get_method(name).parameter("gamma") else {}
 
 
 def awkward_pair(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +66,7 @@ def test_weight_0_is_the_base_and_weight_1_the_dapt_checkpoint_bit_for_bit(name,
     base, dapt = awkward_pair(dtype)
     knob = "t" if name == "slerp" else "weight"
     assert same_bits(merge(name, base, [dapt], **{knob: 0}), base)
-    assert same_bits(merge(name, base, [dapt], **{knob: 1}), dapt)
+    assert same_bits(merge(name, base, [dapt], **{knob: 1}, **whole(name)), dapt)
 
 
 @given(st.integers(0, 1000), st.sampled_from(SHAPES), st.sampled_from(METHODS), st.sampled_from(DTYPES[:3]))
@@ -47,26 +74,26 @@ def test_end_points_hold_for_every_shape_and_dtype(seed, shape, name, dtype):
     base, dapt = draw_tensors(seed, shape, 2, dtype)
     knob = "t" if name == "slerp" else "weight"
     for end, source in ((0.0, base), (1.0, dapt)):
-        assert same_bits(merge(name, base, [dapt], **{knob: end}), source)
+        assert same_bits(merge(name, base, [dapt], **{knob: end}, **whole(name)), source)
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("name", SPARSE_METHODS)
 def test_density_0_is_the_base_bit_for_bit(name):
     base, dapt = awkward_pair(torch.bfloat16)
     assert same_bits(merge(name, base, [dapt], weight=0.5, density=0), base)
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("name", ["task_arithmetic", *SPARSE_METHODS])
 def test_lambda_0_is_the_base_and_lambda_can_complete_the_weight(name):
     base, dapt = awkward_pair(torch.float32)
     assert same_bits(merge(name, base, [dapt], weight=0.5, lambda_=0), base)
-    assert same_bits(merge(name, base, [dapt], weight=0.5, lambda_=2), dapt)
+    assert same_bits(merge(name, base, [dapt], weight=0.5, lambda_=2, **whole(name)), dapt)
 
 
 @pytest.mark.parametrize("name", DELTA_METHODS)
 def test_a_second_model_of_weight_0_changes_nothing_at_the_end_points(name):
     base, first, second = draw_tensors(0, (5,), 3)
-    assert same_bits(merge(name, base, [first, second], weight=[1, 0]), first)
+    assert same_bits(merge(name, base, [first, second], weight=[1, 0], **whole(name)), first)
     assert same_bits(merge(name, base, [first, second], weight=[0, 0]), base)
 
 
@@ -77,35 +104,37 @@ def test_a_soup_of_one_model_is_that_model_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("shape", [*SHAPES, (0,), (3, 0)], ids=str)
+@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("shape", [*SHAPES, (0,), (3, 0), (0, 3)], ids=str)
 def test_every_shape_gives_a_float32_tensor_of_that_shape_and_leaves_inputs_alone(name, shape, dtype):
-    tensors = draw_tensors(1, shape, 2, dtype)
+    tensors = draw_tensors(1, shape, 3, dtype)
     before = [tensor.clone() for tensor in tensors]
-    merged = merge(name, tensors[0], tensors[1:], **values_for(name))
+    merged = merge(name, tensors[0], models_for(name, tensors[1:]), **values_for(name))
     assert merged.shape == shape
     assert merged.dtype == torch.float32
     assert all(same_bits(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_transposed_view_is_merged_like_its_copy(name):
-    base, dapt = (tensor.t() for tensor in draw_tensors(1, (6, 9), 2))
-    expected = merge(name, base.contiguous(), [dapt.contiguous()], **values_for(name))
-    assert torch.equal(merge(name, base, [dapt], **values_for(name)), expected)
+    base, *models = (tensor.t() for tensor in draw_tensors(1, (6, 9), 3))
+    models = models_for(name, models)
+    expected = merge(name, base.contiguous(), [model.contiguous() for model in models], **values_for(name))
+    assert torch.equal(merge(name, base, models, **values_for(name)), expected)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_results_depend_neither_on_pieces_nor_on_threads(name):
-    """An odd size, so that vector remainders and thread borders fall differently in every run."""
-    count = 3 if name == "slerp" else 4
-    base, *models = (tensor.bfloat16() for tensor in draw_tensors(2, (100_003,), count - 1))
+@pytest.mark.parametrize("name", EVERY_METHOD)
+@pytest.mark.parametrize("shape", [(100_003,), (3001, 33)], ids=str)
+def test_results_depend_neither_on_pieces_nor_on_threads(name, shape):
+    """Odd sizes, so that vector remainders, rows and thread borders fall differently in every run."""
+    base, *models = (tensor.bfloat16() for tensor in draw_tensors(2, shape, 3))
+    models = models_for(name, models)
     values = values_for(name)
     if get_method(name).parameter("rescale"):
         values["rescale"] = "l1"
     if name == "slerp":
         base = base - base.mean()
-        models = [models[0] + 0.5 * base.flip(0)]
+        models = [models[0] + 0.5 * base.reshape(-1).flip(0).view(shape)]
     before = torch.get_num_threads()
     results = []
     try:
@@ -113,7 +142,7 @@ def test_results_depend_neither_on_pieces_nor_on_threads(name):
             torch.set_num_threads(threads)
             context = TensorContext("w", seed=3)
             results.append(combine(get_method(name), base, models, values, context, piece_elements=piece))
-            assert "fallback" not in context.notes
+            assert name == "model_stock" or "fallback" not in context.notes
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(result, results[0]) for result in results)
@@ -128,7 +157,7 @@ def test_float64_input_is_merged_in_float32_and_the_result_can_be_rounded_on_the
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in EVERY_METHOD if name not in ("model_stock", "sce", "passthrough")])
 def test_non_finite_input_names_the_tensor_and_the_checkpoint(name, dtype, bad):
     base, dapt = draw_tensors(1, (300,), 2, dtype)
     dapt[123] = bad
@@ -138,6 +167,16 @@ def test_non_finite_input_names_the_tensor_and_the_checkpoint(name, dtype, bad):
     assert "layers.7.weight" in str(caught.value)
     with pytest.raises(InputError, match="base/"):
         combine(get_method(name), dapt, [base], values_for(name), context)
+
+
+def test_non_finite_input_of_methods_with_two_models_or_without_a_base():
+    base, one, two = draw_tensors(1, (30,), 3)
+    two[3] = math.nan
+    for name in ("model_stock", "sce"):
+        with pytest.raises(InputError, match="model 2 holds NaN"):
+            merge(name, base, [one, two], **values_for(name))
+    with pytest.raises(InputError, match="model 1 holds NaN"):
+        merge("passthrough", base, [two], scale=0.5)
 
 
 def test_a_copied_end_point_is_checked_too():
@@ -186,6 +225,16 @@ def test_different_shapes_and_dtypes_that_cannot_be_mixed_are_refused():
         ("ties", {"weight": 0.5, "lambda": [1, 2]}, r"'lambda' is \[1, 2\]"),
         ("slerp", {"t": 1.01}, r"'t' is 1.01, expected a number in \[0, 1\]"),
         ("linear", {"weight": 1, "normalize": "yes"}, "expected true or false"),
+        ("della", {"weight": 0.5, "density": 0.1}, "density 0.1 with epsilon 0.15 gives keep probabilities from -0.05"),
+        ("della_linear", {"weight": 0.5, "density": 0.9, "epsilon": 0.2}, "to 1.1; they must be above 0 and at most 1"),
+        ("della", {"weight": 0.5, "density": 0.4, "epsilon": 0.6}, r"a number in \[0, 0.5\]"),
+        ("breadcrumbs", {"weight": 0.5, "gamma": 1.5}, r"'gamma' is 1.5, expected a number in \[0, 1\]"),
+        ("breadcrumbs", {"weight": 0.5, "rescale": "expectation"}, "one of none, l1, true, false"),
+        ("sce", {"select_topk": 2}, r"'select_topk' is 2, expected a number in \[0, 1\]"),
+        ("nearswap", {}, "needs a value for 't'"),
+        ("nearswap", {"t": -0.1}, "a finite number of at least 0"),
+        ("ram", {"epsilon": -1e-5}, "a finite number of at least 0"),
+        ("arcee_fusion", {"weight": 0.5}, "no parameter 'weight'"),
     ],
 )
 def test_a_wrong_value_says_what_it_is_where_and_what_is_allowed(name, values, expected):
@@ -230,6 +279,17 @@ def test_a_method_that_is_not_elementwise_gets_whole_tensors_and_must_return_the
         ("task_arithmetic", {"weight": 0.3, "lambda": 0}, 1, "lambda"),
         ("ties", {"weight": 0, "density": 0.5}, 2, "weight"),
         ("ties", {"weight": 1, "density": 0}, 2, "density"),
+        ("della", {"weight": 0.3, "density": 0.5, "normalize": True}, 1, "weight"),
+        ("della_linear", {"weight": 0.3}, 1, "density"),
+        ("breadcrumbs", {"weight": 0.3, "density": 0.95, "gamma": 0.1}, 1, "density"),
+        ("breadcrumbs", {"weight": 0.3, "gamma": 0, "rescale": "l1"}, 1, "rescale"),
+        ("breadcrumbs_ties", {"weight": 0.3, "density": 0.5, "elect": "count"}, 1, "elect"),
+        ("sce", {"select_topk": 0.5}, 1, "select_topk"),
+        ("sce", {"select_topk": 0}, 2, "select_topk"),
+        ("nearswap", {"t": 0}, 1, "t"),
+        ("ramplus_tl", {}, 1, "r"),
+        ("ramplus_tl", {"r": 0}, 2, "alpha"),
+        ("ramplus_tl", {"alpha": 0}, 2, "r"),
     ],
 )
 def test_a_knob_without_effect_is_explained(name, values, count, knob):
@@ -251,7 +311,7 @@ def test_ordinary_values_have_no_dead_knobs_and_each_weight_gives_another_model(
                            merge(name, base, models, **{**values, "weight": high}))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_ties", "task_arithmetic", "dare_linear"])
+@pytest.mark.parametrize("name", ["task_arithmetic", *SPARSE_METHODS])
 def test_the_cancelling_form_is_honoured(name):
     base, dapt = draw_tensors(0, (50,), 2)
     values = {**values_for(name), "normalize": True}
@@ -260,8 +320,8 @@ def test_the_cancelling_form_is_honoured(name):
 
 
 def test_every_method_states_its_reference_parameters_and_docstring():
-    assert set(METHODS) <= set(method_names())
-    for name in METHODS:
+    assert set(EVERY_METHOD) <= set(method_names())
+    for name in EVERY_METHOD:
         declared = get_method(name)
         assert declared.reference
         assert declared.function.__doc__
