@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from dapt_merge.merging.stacking import StackedTensor, stack_layout, stacked_con
 from dapt_merge.methods.selection import Cutoff
 from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resolve
 from dapt_merge.recipe.resolving import comes_after_the_layers
+from dapt_merge.statistics import Statistics, open_statistics
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class TensorJob:
     what the tensor is called in the base (if any) and in each model, in that order; when it is empty, it is called
     `name` in all of them. `cutoffs` are the thresholds of a method that trims over the whole model (see `trimming`).
     `layer` of `num_layers` (from 0, in the output) is where the tensor stands: embeddings count as the first layer, the
-    final norm and the head as the last; None when the number of layers is unknown.
+    final norm and the head as the last; None when the number of layers is unknown. `statistics` says for each model
+    which file holds numbers on this tensor, and under which name; None where its file has none.
     """
 
     name: str
@@ -47,6 +49,7 @@ class TensorJob:
     stored: tuple[str, ...] = ()
     layer: int | None = None
     num_layers: int | None = None
+    statistics: tuple[tuple[str, str] | None, ...] = ()
 
     @property
     def reads(self) -> tuple[tuple[str, str], ...]:
@@ -79,10 +82,11 @@ class MergePlan:
     jobs: tuple[TensorJob, ...]
     warnings: tuple[str, ...]
     config_from: Checkpoint
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
     def read(self, label: str, name: str) -> Tensor:
-        """Return a stored tensor of one of the checkpoints."""
-        return self.checkpoints[label].read(name)
+        """Return a stored tensor of one of the checkpoints, or of one of the statistics files."""
+        return self.statistics[label].read(name) if label in self.statistics else self.checkpoints[label].read(name)
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +137,9 @@ def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agree
     warnings = (*recipe_warnings(recipe), *agreement.warnings)
     if agreement.tied_head and config_from.config:
         config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
-    return MergePlan(
-        recipe, opened, tuple(_with_depth(job, recipe, config_from) for job in jobs), warnings, config_from
-    )
+    files = _open_statistics(jobs)
+    jobs = _with_statistics([_with_depth(job, recipe, config_from) for job in jobs], files)
+    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from, files)
 
 
 def _whole_model_jobs(
@@ -181,6 +185,52 @@ def _with_depth(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> Tens
 def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
     keeps = not info.dtype.is_floating_point or recipe.output_dtype is None
     return info.dtype if keeps else parse_dtype(str(recipe.output_dtype))
+
+
+def _file_parameters(job: TensorJob) -> dict[str, tuple[str, ...]]:
+    """Return the parameters that are statistics files: kind → one path for each model."""
+    method, values = job.parameters.method, job.parameters.values
+    found = {parameter.name: values[parameter.name] for parameter in method.parameters if parameter.kind == "file"}
+    return {kind: tuple(map(str, paths)) for kind, paths in found.items() if isinstance(paths, tuple)}
+
+
+def _open_statistics(jobs: Sequence[TensorJob]) -> dict[str, Statistics]:
+    wanted = {path: kind for job in jobs for kind, paths in _file_parameters(job).items() for path in paths}
+    return {path: open_statistics(path, kind) for path, kind in wanted.items()}
+
+
+def _with_statistics(jobs: Sequence[TensorJob], files: Mapping[str, Statistics]) -> list[TensorJob]:
+    """Say where the numbers on each tensor are, by the name that each model has for it.
+
+    Raises:
+        InputError: the numbers on a tensor have another shape than it asks for; a file has none on any tensor.
+    """
+    placed = [replace(job, statistics=_statistics_of(job, files)) for job in jobs]
+    used = {place[0] for job in placed for place in job.statistics if place is not None}
+    for path, file in files.items():
+        if path not in used:
+            raise InputError(
+                f"the statistics name none of the model's tensors, the first is '{next(iter(file.shapes), '')}'",
+                where=path,
+                remedy="Collect the statistics from the very model that is merged.",
+            )
+    return placed
+
+
+def _statistics_of(job: TensorJob, files: Mapping[str, Statistics]) -> tuple[tuple[str, str] | None, ...]:
+    places: list[tuple[str, str] | None] = []
+    for kind, paths in _file_parameters(job).items():
+        expected = (job.shape[-1],) * 2 if kind == "gram" and job.shape else job.shape
+        for path, (_, name) in zip(paths, job.reads[-len(job.models) :], strict=True):
+            found = files[path].shapes.get(name)
+            if found not in (None, expected):
+                raise InputError(
+                    f"the statistics of '{name}' are {found}, expected {expected}",
+                    where=path,
+                    remedy="Collect the statistics from the very model that is merged.",
+                )
+            places.append(None if found is None else (path, name))
+    return tuple(places)
 
 
 def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -93,7 +93,7 @@ def build_report(
         updated_elements=loss.updated if measured else None,
         lost_elements=loss.lost if measured else None,
         lost_share=loss.share if measured else None,
-        warnings=(*plan.warnings, *_rounding_warnings(loss)),
+        warnings=(*plan.warnings, *_rounding_warnings(loss), *_statistics_warnings(plan, inputs)),
         bytes_read=sum(_bytes_read(plan, outcome.job) for outcome in outcomes),
         bytes_written=sum(outcome.job.nbytes for outcome in outcomes),
         seconds=seconds,
@@ -114,6 +114,21 @@ def versions() -> dict[str, str]:
 
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
     return sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in job.reads)
+
+
+def _statistics_warnings(plan: MergePlan, inputs: Mapping[str, str]) -> list[str]:
+    """Name the statistics that were collected from other weights than those they were used for."""
+    used = {
+        (place[0], label)
+        for job in plan.jobs
+        for place, label in zip(job.statistics or (None,) * len(job.models), job.models, strict=True)
+        if place
+    }
+    return [
+        f"the statistics {path} were collected from other weights than {label}"
+        for path, label in sorted(used)
+        if plan.statistics[path].model != inputs.get(label)
+    ]
 
 
 def _rounding_warnings(loss: RoundingLoss) -> list[str]:

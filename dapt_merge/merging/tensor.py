@@ -57,7 +57,7 @@ def merge_tensor(
 
     Args:
         job: what to merge.
-        read: (checkpoint label, tensor name) → the stored tensor.
+        read: (label of a checkpoint or statistics file, tensor name) → the stored tensor.
         seed: the recipe's.
         measure_rounding: count the elements of the update that rounding to a dtype narrower than float32 loses. It
             changes no bit of the result.
@@ -75,6 +75,7 @@ def merge_tensor(
         cutoffs=job.cutoffs,
         layer=job.layer,
         num_layers=job.num_layers,
+        statistics=tuple(None if place is None else read(*place) for place in job.statistics),
     )
     narrow = job.out_dtype in (torch.bfloat16, torch.float16)
     computed_in = torch.float32 if narrow and measure_rounding else job.out_dtype

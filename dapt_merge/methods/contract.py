@@ -41,6 +41,9 @@ class Parameter:
 
     `choices` may hold `True` and `False` beside words: a knob that is a flag with an `"auto"`, or a set of words that
     also takes the booleans of mergekit's dialect.
+
+    A `file` is the path of a statistics file for a model: the method does not see what is in it by this parameter, but
+    gets what it holds for the tensor as `TensorContext.statistics`.
     """
 
     name: str
@@ -51,10 +54,13 @@ class Parameter:
     high: float = math.inf
     low_open: bool = False
     choices: tuple[str | bool, ...] = ()
+    file: bool = False
 
     @property
-    def kind(self) -> Literal["number", "flag", "choice"]:
+    def kind(self) -> Literal["number", "flag", "choice", "file"]:
         """What a single value of this parameter is."""
+        if self.file:
+            return "file"
         if self.choices:
             return "choice"
         return "flag" if isinstance(self.default, bool) else "number"
@@ -67,6 +73,8 @@ class Parameter:
             >>> Parameter("density", 1.0, "share of the elements kept", low=0, high=1).expected
             'a number in [0, 1]'
         """
+        if self.kind == "file":
+            return "the path of a file"
         if self.kind == "choice":
             return "one of " + ", ".join(str(choice).lower() for choice in self.choices)
         if self.kind == "flag":
@@ -82,6 +90,10 @@ class Parameter:
         fault = InputError(
             f"'{self.name}' is {value!r}, expected {self.expected}", where=where, remedy=f"Correct '{self.name}'."
         )
+        if self.kind == "file":
+            if not isinstance(value, str) or not value:
+                raise fault
+            return value
         if self.kind == "choice":
             matches = [choice for choice in self.choices if type(choice) is type(value) and choice == value]
             if not matches:
@@ -129,6 +141,8 @@ class TensorContext:
         layer: the layer that the tensor counts as, from 0: embeddings as the first, the final norm and the head as the
             last. None when that is unknown.
         num_layers: how many layers there are; None when that is unknown.
+        statistics: for a method with a `file` parameter, what each model's file holds for this tensor; None for a model
+            whose file has nothing on it.
         offset: index, in the flattened tensor, of the first element that an elementwise function was given.
     """
 
@@ -140,6 +154,7 @@ class TensorContext:
     cutoffs: tuple[Cutoff | None, ...] | None = None
     layer: int | None = None
     num_layers: int | None = None
+    statistics: tuple[Tensor | None, ...] = ()
     offset: int = 0
 
     def label(self, source: Source) -> str:

@@ -37,6 +37,8 @@ _BUILT_IN = (
     "nuslerp",
     "spherical_means",
     "singular_vectors",
+    "fisher",
+    "regmean",
 )
 
 _methods: dict[str, Method] = {}

@@ -7,12 +7,15 @@ given once or under each model, and where the models lie on the disk all vanish;
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import xxhash
 
 from dapt_merge.errors import InputError
+from dapt_merge.methods.contract import Method
 from dapt_merge.recipe.parts import Part, PartInput, same_model
 from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import Clause
@@ -51,21 +54,26 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         "seed": recipe.seed if recipe.method.random else None,
     }
     if recipe.slices is None:
-        return content | _canonical_part(recipe.parts[0], inputs)
+        return content | _canonical_part(recipe.parts[0], recipe.method, inputs)
     return content | {
         "slices": [
-            {**_canonical_part(part, inputs), "ranges": [_layers(source, part) for source in part.inputs]}
+            {
+                **_canonical_part(part, recipe.method, inputs),
+                "ranges": [_layers(source, part) for source in part.inputs],
+            }
             for part in recipe.parts
         ]
     }
 
 
-def _canonical_part(part: Part, inputs: Mapping[str, str]) -> dict[str, Any]:
+def _canonical_part(part: Part, method: Method, inputs: Mapping[str, str]) -> dict[str, Any]:
+    files = [parameter.name for parameter in method.parameters if parameter.kind == "file"]
     return {
         "base": None if part.base is None else _content(part.base.model, inputs),
         "models": [_content(source.model, inputs) for source in part.models],
         "parameters": {
-            name: [[_clause(clause) for clause in chain] for chain in chains] for name, chains in part.clauses.items()
+            name: [[_clause(clause, name in files) for clause in chain] for chain in chains]
+            for name, chains in part.clauses.items()
         },
     }
 
@@ -74,10 +82,33 @@ def _layers(source: PartInput, part: Part) -> list[int]:
     return [source.first_layer, source.first_layer + (part.layers or 0)]
 
 
-def _clause(clause: Clause) -> list[Any]:
+def _clause(clause: Clause, is_file: bool) -> list[Any]:
+    if is_file:
+        anchors: list[Any] = [_file_content(str(path)) for path in clause.anchors]
+        return [clause.filter, anchors] if clause.group is None else [clause.filter, anchors, clause.group]
     # Adding 0.0 turns -0.0 into 0.0; `repr` in JSON keeps every bit of the rest.
     anchors = [a if isinstance(a, bool | str) else float(a) + 0.0 for a in clause.anchors]
     return [clause.filter, anchors] if clause.group is None else [clause.filter, anchors, clause.group]
+
+
+def _file_content(path: str) -> str:
+    """Return the fingerprint of a file's bytes; a file that has not changed since is not read again."""
+    try:
+        stated = os.stat(path)
+        return _hashed_file(path, stated.st_size, stated.st_mtime_ns)
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read ({error.strerror})", where=path, remedy="Correct the path in the recipe."
+        ) from None
+
+
+@lru_cache(maxsize=64)
+def _hashed_file(path: str, size: int, modified_ns: int) -> str:
+    total = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while part := stream.read(2**20):
+            total.update(part)
+    return f"xxh3:{total.hexdigest()}"
 
 
 def _content(reference: str, inputs: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.methods.registry import get_method
+from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, ModelInput, Recipe, Slice, SliceSource
 
 # A recipe is a page of text; anything of this size is another file given by mistake.
@@ -237,7 +237,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
-    """Replace each model path that does not exist from here, but does from the recipe's own folder."""
+    """Replace each path that does not exist from here, but does from the recipe's own folder."""
 
     def located(reference: Any) -> Any:
         if not isinstance(reference, str) or not reference:
@@ -252,6 +252,18 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
         for key in ("base_model", "model"):
             if key in entry and not (entry is content and key == "model"):
                 entry[key] = located(entry[key])
+        parameters = entry.get("parameters")
+        for name in _file_parameters(content) if isinstance(parameters, MutableMapping) else ():
+            if name in parameters:
+                parameters[name] = located(parameters[name])
+
+
+def _file_parameters(content: Mapping[str, Any]) -> list[str]:
+    """Return the names of the method's parameters that are paths; none when there is no such method."""
+    name = content.get("merge_method")
+    if name not in method_names():
+        return []
+    return [parameter.name for parameter in get_method(name).parameters if parameter.kind == "file"]
 
 
 def _refuse_unsupported(content: Mapping[str, Any]) -> None:

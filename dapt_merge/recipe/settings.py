@@ -153,6 +153,12 @@ def _read_condition(raw: object, parameter: Parameter, where: str) -> Clause:
 
 def _read_anchors(raw: object, parameter: Parameter, where: str) -> tuple[Scalar, ...]:
     if isinstance(raw, Sequence) and not isinstance(raw, str):
+        if parameter.kind == "file":
+            raise InputError(
+                f"'{parameter.name}' is a list; between files there is no gradient",
+                where=where,
+                remedy=f"Give one path; put each model's '{parameter.name}' under that model's 'parameters:'.",
+            )
         if not raw:
             raise InputError(
                 f"{parameter.name} is an empty list", where=where, remedy="Give one value, or a list over the layers."

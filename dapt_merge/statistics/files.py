@@ -1,0 +1,89 @@
+"""A statistics file: safetensors, one float32 tensor for each tensor of the model that the pass has numbers on.
+
+The header says of which kind the numbers are, of which weights, and from which text, so that a file is not taken for
+another. What this module does not know: how the numbers are collected, and what merges do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dapt_merge.atomic import atomic_file
+from dapt_merge.errors import InputError
+
+FORMAT = "dapt-merge statistics 1"
+KINDS = {
+    "fisher": "the diagonal of the empirical Fisher information: squared gradients, per token",
+    "gram": "the Gram matrix XᵀX of the inputs of each linear layer, per token",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """An open statistics file; tensors are read when asked for.
+
+    Attributes:
+        path: the file.
+        kind: "fisher" or "gram".
+        model: the content fingerprint of the weights that it was collected from.
+        about: everything that the header says.
+        shapes: tensor name → shape.
+    """
+
+    path: Path
+    kind: str
+    model: str
+    about: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    _handle: Any = field(repr=False)
+
+    def read(self, name: str) -> Tensor:
+        """Return what is kept for a tensor: float32, a view into the file that must not be written to."""
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+
+def open_statistics(path: str | Path, kind: str) -> Statistics:
+    """Open a file of one kind; only its header is read.
+
+    Raises:
+        InputError: there is no such file, it is not a statistics file, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path).expanduser()
+    remedy = f"Make it: dapt-merge statistics MODEL --corpus FILE --kind {kind} -o {path.name}."
+    if not path.is_file():
+        raise InputError(f"there is no such statistics file ({kind})", where=path, remedy=remedy)
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+        about = handle.metadata() or {}
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"the file is truncated or not safetensors ({error})", where=path, remedy=remedy) from error
+    if about.get("format") != FORMAT:
+        raise InputError("this safetensors file holds no statistics", where=path, remedy=remedy)
+    if about.get("kind") != kind:
+        raise InputError(f"the file holds '{about.get('kind')}', expected '{kind}'", where=path, remedy=remedy)
+    return Statistics(path, kind, about.get("model", ""), about, shapes, handle)
+
+
+def write_statistics(
+    tensors: Mapping[str, Tensor], about: Mapping[str, str], out: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write a statistics file, whole or not at all.
+
+    Raises:
+        InputError: `out` exists and may not be replaced, or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_file(out, overwrite=overwrite) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**about, "format": FORMAT}
+        )
