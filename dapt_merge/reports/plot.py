@@ -110,7 +110,7 @@ def _draw_matplotlib(picture: FrontPicture) -> Any:
     axes.set_ylabel(f"Domain: gain over the base ({picture.unit})  better →")
     axes.set_title(picture.title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(0.13)
+    axes.margins(x=0.16, y=0.2)
     _legend(axes, picture, colours)
     if picture.footnote:
         figure.supxlabel(picture.footnote, fontsize=7.5, color="#606060", x=0.01, ha="left")
@@ -164,21 +164,23 @@ def _draw_row(axes: Any, picture: FrontPicture, row: Row, colours: dict[str, tup
     )
 
 
+# Where each label stands, in points from its marker: clear of the error bars that cross there.
+_LABEL_OFFSETS = {"base": (9, -14), "dapt": (-6, 34), "knee": (0, 40)}
+
+
 def _label_rows(axes: Any, picture: FrontPicture) -> None:
-    """Name the ends and the knee, each on the side of its point that has room."""
-    across = [row.gains[picture.general_axis].estimate for row in picture.rows]
-    middle = (min(across) + max(across)) / 2
+    """Name the ends and the knee; the knee's recipe and checkpoint on two lines, joined to the star by a thin line."""
     for row in picture.rows:
-        if row.role not in ("base", "dapt", "knee"):
+        if row.role not in _LABEL_OFFSETS:
             continue
-        x, y = row.gains[picture.general_axis].estimate, row.gains[picture.domain_axis].estimate
-        on_the_left = x > middle and row.role == "knee"
+        name = f"knee: {row.label}".replace(" · ", "\n") if row.role == "knee" else row.label
         axes.annotate(
-            f"knee: {row.label}" if row.role == "knee" else row.label,
-            (x, y),
-            xytext=(-10 if on_the_left else 10, 10),
+            name,
+            (row.gains[picture.general_axis].estimate, row.gains[picture.domain_axis].estimate),
+            xytext=_LABEL_OFFSETS[row.role],
             textcoords="offset points",
-            ha="right" if on_the_left else "left",
+            ha="left" if row.role == "base" else "center",
+            arrowprops={"arrowstyle": "-", "color": "#909090", "linewidth": 0.7} if row.role == "knee" else None,
             fontsize=9,
             fontweight="bold" if row.role == "knee" else "normal",
             zorder=4,
