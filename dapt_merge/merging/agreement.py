@@ -56,13 +56,14 @@ class Agreement:
     tied_head: str | None = None
 
 
-def agree(checkpoints: Sequence[Checkpoint], *, by_layer: bool = False) -> Agreement:
+def agree(checkpoints: Sequence[Checkpoint], *, by_layer: bool = False, allow_mismatch: bool = False) -> Agreement:
     """Check that the checkpoints can be merged; the first is the one that the others are held against.
 
     Args:
         checkpoints: the inputs, one or more.
         by_layer: single layers will be picked from them: they may differ in how many they have, and only the picked
             tensors are compared, by whoever picks them.
+        allow_mismatch: report configurations that differ instead of refusing them; tensors still have to fit.
 
     Raises:
         InputError: configurations, vocabularies, tensor names or shapes differ; both values are named.
@@ -70,7 +71,12 @@ def agree(checkpoints: Sequence[Checkpoint], *, by_layer: bool = False) -> Agree
     first, others = checkpoints[0], checkpoints[1:]
     warnings: list[str] = []
     for other in others:
-        _check_configs(first, other, () if not by_layer else ("num_hidden_layers",))
+        try:
+            _check_configs(first, other, () if not by_layer else ("num_hidden_layers",))
+        except InputError as error:
+            if not allow_mismatch:
+                raise
+            warnings.append(f"{error.what} (allowed by allow_config_mismatch)")
         warning = check_same_vocabulary(first, other)
         if warning is not None:
             warnings.append(warning)
@@ -121,7 +127,8 @@ def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) ->
             raise InputError(
                 f"{key} is {value} in {first.label} and {other_value} in {other.label}",
                 where=f"config.json of {other.label}",
-                remedy="Merge checkpoints of one model: the base, and what was trained from it.",
+                remedy="Merge checkpoints of one model: the base, and what was trained from it. Where you know that"
+                " the difference does not matter, set 'allow_config_mismatch: true' in the recipe.",
             )
 
 

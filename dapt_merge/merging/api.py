@@ -26,7 +26,7 @@ from dapt_merge.errors import InputError, nearest
 from dapt_merge.merging.live import model_from_config
 from dapt_merge.merging.plan import MergePlan, TensorJob, plan_merge
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
-from dapt_merge.merging.resident import ResidentMerger
+from dapt_merge.merging.resident import fill_model
 from dapt_merge.merging.stream import merge_to_disk
 from dapt_merge.merging.tensor import MergedTensor, merge_tensor
 from dapt_merge.merging.trimming import settle_cutoffs
@@ -118,7 +118,7 @@ class LazyMerge(Mapping[str, Tensor]):
         """
         wanted = self.plan.main_dtype if dtype is None else parse_dtype(dtype)
         model = model_from_config(self.plan.config_from, wanted or torch.float32)
-        self._report = ResidentMerger(model, self.plan.checkpoints).apply(self.plan.recipe)
+        self._report = fill_model(model, self.plan)
         return model
 
     def report(self) -> MergeReport:

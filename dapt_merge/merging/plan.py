@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
 from dapt_merge.merging.stacking import StackedTensor, stack_layout, stacked_config
@@ -30,6 +32,9 @@ from dapt_merge.statistics import Statistics, open_statistics
 @dataclass(frozen=True)
 class TensorJob:
     """One tensor to merge: from which checkpoints, with which parameters, into which dtype.
+
+    `target` is the label of the checkpoint that the merged difference from the base is added to; None: the base itself.
+    `in_dtype` is what inputs are rounded to first (None: nothing), `stochastic` how the result is rounded.
 
     `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `stored` says
     what the tensor is called in the base (if any) and in each model, in that order; when it is empty, it is called
@@ -47,6 +52,9 @@ class TensorJob:
     parameters: ResolvedParameters
     cutoffs: tuple[Cutoff | None, ...] | None = None
     stored: tuple[str, ...] = ()
+    target: str | None = None
+    in_dtype: torch.dtype | None = None
+    stochastic: bool = False
     layer: int | None = None
     num_layers: int | None = None
     statistics: tuple[tuple[str, str] | None, ...] = ()
@@ -56,6 +64,13 @@ class TensorJob:
         """What is read: (checkpoint label, tensor name) of the base, if there is one, and of every model."""
         labels = self.models if self.base is None else (self.base, *self.models)
         return tuple(zip(labels, self.stored or (self.name,) * len(labels), strict=True))
+
+    def inputs(self, read: Callable[[str, str], Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Return the base, if there is one, and the models: as they are stored, or rounded to `in_dtype` first."""
+        tensors = [read(label, stored) for label, stored in self.reads]
+        if self.in_dtype is not None:
+            tensors = [tensor.to(self.in_dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        return (None, tensors) if self.base is None else (tensors[0], tensors[1:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,12 +137,14 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         ['w']
     """
     opened = open_inputs(recipe, checkpoints or {})
-    return plan_from(recipe, opened, agree(list(opened.values()), by_layer=recipe.slices is not None))
+    inputs = list(opened.values())
+    found = agree(inputs, by_layer=recipe.slices is not None, allow_mismatch=recipe.allow_config_mismatch)
+    return plan_from(recipe, opened, found)
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:
     """Plan a merge of checkpoints that are known to belong together."""
-    config_from = opened[recipe.references()[0]]
+    config_from = opened[_spelled_in(opened, recipe.config_reference())]
     if recipe.slices is None:
         jobs = _whole_model_jobs(recipe, opened, agreement, config_from)
     else:
@@ -138,7 +155,7 @@ def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agree
     if agreement.tied_head and config_from.config:
         config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
     files = _open_statistics(jobs)
-    jobs = _with_statistics([_with_depth(job, recipe, config_from) for job in jobs], files)
+    jobs = _with_statistics([_placed(job, recipe, config_from) for job in jobs], files)
     return MergePlan(recipe, opened, tuple(jobs), warnings, config_from, files)
 
 
@@ -147,13 +164,18 @@ def _whole_model_jobs(
 ) -> list[TensorJob]:
     base = recipe.merge_base()
     models = tuple(_spelled_in(opened, model) for model in recipe.task_models())
+    target = None if recipe.target is None else _spelled_in(opened, recipe.target)
     jobs = []
     for name in agreement.names:
         info = config_from.tensors[name]
         group = tensor_group(name)
         parameters = resolve(recipe, name, group.layer, config_from.layers_of(group.stack))
-        jobs.append(TensorJob(name, info.shape, _out_dtype(recipe, info), base, models, parameters))
-    return jobs
+        jobs.append(TensorJob(name, info.shape, _out_dtype(recipe, info), base, models, parameters, target=target))
+    if not recipe.freeze:
+        return jobs
+    from dapt_merge.merging.freezing import freeze
+
+    return freeze(jobs, recipe.freeze, target or _spelled_in(opened, str(recipe.base_model)))
 
 
 def _stacked_job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: StackedTensor) -> TensorJob:
@@ -168,8 +190,10 @@ def _stacked_job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: Stack
     return TensorJob(tensor.name, info.shape, _out_dtype(recipe, info), base, models, parameters, stored=tensor.stored)
 
 
-def _with_depth(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> TensorJob:
-    """Say where in the output the tensor stands; slices are counted through, not each on its own."""
+def _placed(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> TensorJob:
+    """Say how the tensor is rounded, and where in the output it stands: slices are counted through."""
+    in_dtype = None if recipe.input_dtype is None else parse_dtype(recipe.input_dtype)
+    job = replace(job, in_dtype=in_dtype, stochastic=recipe.rounding == "stochastic")
     group = tensor_group(job.name)
     layers = (
         config_from.layers_of(group.stack) if recipe.slices is None else sum(part.layers or 0 for part in recipe.parts)
@@ -239,10 +263,26 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Ch
     opened: dict[str, Checkpoint] = {}
     for reference in recipe.references():
         known = by_path.get(os.path.normpath(reference))
-        opened[reference] = known if known is not None else open_checkpoint(reference)
+        opened[reference] = known if known is not None else _open(reference, recipe)
         if not opened[reference].tensors:
             raise InputError("the checkpoint has no tensors", where=reference, remedy="Give a checkpoint with weights.")
     return opened
+
+
+def _open(reference: str, recipe: Recipe) -> Checkpoint:
+    entry = next((entry for entry in recipe.entries() if entry.average and entry.reference == reference), None)
+    if entry is None or entry.average is None:
+        return open_checkpoint(reference)
+    members: list[Path] = [Path(path) for path in entry.average.checkpoints or run_checkpoints(Path(entry.model))]
+    window = entry.average.window
+    if len(members) < max(2, window or 0):
+        raise InputError(
+            f"{len(members)} checkpoint(s) are there to average, and {max(2, window or 0)} are needed",
+            where=entry.model,
+            remedy="Give the folder of a run (checkpoint-STEP/ in it) or a list, and a window that fits it.",
+        )
+    weights = mean_weights(len(members), window=window, decay=entry.average.decay)
+    return AveragedCheckpoint(reference, [open_checkpoint(str(member)) for member in members], weights)
 
 
 def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:

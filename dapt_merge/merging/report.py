@@ -113,7 +113,8 @@ def versions() -> dict[str, str]:
 
 
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
-    return sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in job.reads)
+    reads = job.reads if job.target is None else (*job.reads, (job.target, job.name))
+    return sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in reads)
 
 
 def _statistics_warnings(plan: MergePlan, inputs: Mapping[str, str]) -> list[str]:

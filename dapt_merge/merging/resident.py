@@ -67,13 +67,8 @@ class ResidentMerger:
             InputError: the recipe names a checkpoint that this merger does not hold, or an input holds NaN.
         """
         started = time.monotonic()
-        plan = settle_cutoffs(self._plan(recipe))
-        outcomes = map_in_threads(
-            lambda job: self._merge_in_place(job, plan, measure_rounding),
-            plan.jobs,
-            size=lambda job: job.elements,
-            threads=threads,
-        )
+        plan = _for_live(self._plan(recipe), self._live)
+        outcomes = _write(plan, self._live, threads, measure_rounding)
         inputs = {
             reference: self._fingerprint(reference, plan.checkpoints[reference]) for reference in plan.checkpoints
         }
@@ -88,30 +83,63 @@ class ResidentMerger:
                     where="the recipe",
                     remedy=f"Use one of: {', '.join(self.checkpoints)}.",
                 )
-        plan = plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
-        used = [job for job in plan.jobs if job.name in self._live]
-        jobs = tuple(replace(job, out_dtype=self._live[job.name].dtype) for job in used)
-        warnings = plan.warnings
-        if len(jobs) < len(plan.jobs):
-            unused = ", ".join(job.name for job in plan.jobs if job.name not in self._live)
-            warnings = (*warnings, f"{unused}: the live model's class does not use them, and they were not merged")
-        return replace(plan, jobs=jobs, warnings=warnings)
-
-    def _merge_in_place(self, job: TensorJob, plan: MergePlan, measure_rounding: bool) -> TensorOutcome:
-        merged = merge_tensor(
-            job,
-            plan.read,
-            plan.recipe.seed,
-            measure_rounding=measure_rounding,
-        )
-        with torch.no_grad():  # the switch is per thread
-            self._live[job.name].copy_(merged.tensor)
-        return TensorOutcome.of(job, merged)
+        return plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
 
     def _fingerprint(self, reference: str, checkpoint: Checkpoint) -> str:
         if reference not in self._fingerprints:
             self._fingerprints[reference] = checkpoint.fingerprint()
         return self._fingerprints[reference]
+
+
+def fill_model(model: PreTrainedModel, plan: MergePlan) -> MergeReport:
+    """Write a planned merge into a model that was built from the plan's configuration, in the model's dtype."""
+    started = time.monotonic()
+    live = _live_tensors(model, tuple(job.name for job in plan.jobs))
+    plan = _for_live(plan, live)
+    outcomes = _write(plan, live, None, True)
+    inputs = {reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()}
+    return build_report(plan, outcomes, output=None, inputs=inputs, seconds=time.monotonic() - started)
+
+
+def _for_live(plan: MergePlan, live: Mapping[str, Tensor]) -> MergePlan:
+    """Return the plan with the live model's dtypes, without the parts that the model's class does not use.
+
+    Raises:
+        InputError: the recipe's slices build other layers than the live model has.
+    """
+    used = [job for job in plan.jobs if job.name in live]
+    if plan.recipe.slices is not None:
+        _refuse_other_stack(plan, live)
+    warnings = plan.warnings
+    if len(used) < len(plan.jobs):
+        unused = ", ".join(job.name for job in plan.jobs if job.name not in live)
+        warnings = (*warnings, f"{unused}: the live model's class does not use them, and they were not merged")
+    jobs = tuple(replace(job, out_dtype=live[job.name].dtype) for job in used)
+    return settle_cutoffs(replace(plan, jobs=jobs, warnings=warnings))
+
+
+def _refuse_other_stack(plan: MergePlan, live: Mapping[str, Tensor]) -> None:
+    made = {job.name: job.shape for job in plan.jobs}
+    held = {name: tuple(tensor.shape) for name, tensor in live.items()}
+    if made != held:
+        name = min(name for name in {*made, *held} if made.get(name) != held.get(name))
+        raise InputError(
+            f"the recipe's slices make another model than the live one: they differ in '{name}'",
+            where="slices",
+            remedy="Build the model with merge(recipe=…).to_model(), or merge to a folder.",
+        )
+
+
+def _write(
+    plan: MergePlan, live: Mapping[str, Tensor], threads: int | None, measure_rounding: bool
+) -> list[TensorOutcome]:
+    def merge_in_place(job: TensorJob) -> TensorOutcome:
+        merged = merge_tensor(job, plan.read, plan.recipe.seed, measure_rounding=measure_rounding)
+        with torch.no_grad():  # the switch is per thread
+            live[job.name].copy_(merged.tensor)
+        return TensorOutcome.of(job, merged)
+
+    return map_in_threads(merge_in_place, plan.jobs, size=lambda job: job.elements, threads=threads)
 
 
 def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import TensorJob
+from dapt_merge.merging.rounding import round_stochastically
 from dapt_merge.methods.apply import combine
 from dapt_merge.methods.contract import TensorContext
+from dapt_merge.methods.pieces import is_finite
 
 _PIECE_ELEMENTS = 1 << 18
 
@@ -65,8 +67,7 @@ def merge_tensor(
     Raises:
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
-    inputs = [read(label, stored) for label, stored in job.reads]
-    base, models = (None, inputs) if job.base is None else (inputs[0], inputs[1:])
+    base, models = job.inputs(read)
     context = TensorContext(
         job.name,
         seed=seed,
@@ -78,15 +79,50 @@ def merge_tensor(
         statistics=tuple(None if place is None else read(*place) for place in job.statistics),
     )
     narrow = job.out_dtype in (torch.bfloat16, torch.float16)
-    computed_in = torch.float32 if narrow and measure_rounding else job.out_dtype
+    in_full = narrow and (measure_rounding or job.stochastic or job.target is not None)
     method, values = job.parameters.method, job.parameters.values
-    merged = combine(method, base, models, values, context, out_dtype=computed_in)
+    merged = combine(method, base, models, values, context, out_dtype=torch.float32 if in_full else job.out_dtype)
+    start = models[0] if base is None else base
+    if job.target is not None and base is not None:
+        start = read(job.target, job.name)
+        merged = _added_to_target(merged, base, start, job)
     if not merged.is_floating_point() or merged.dtype == job.out_dtype:
         return MergedTensor(merged, context.notes)
+    # A copy of an input is no update: it is rounded as loading it in that dtype would.
+    if narrow and job.stochastic and not any(merged is tensor for tensor in (start, *models)):
+        rounded = round_stochastically(merged, job.out_dtype, seed, job.name)
+        _refuse_overflow(rounded, job)
+        return MergedTensor(rounded, context.notes)
     if not (narrow and measure_rounding):
         return MergedTensor(_rounded(merged, job), context.notes)
-    rounded, loss = _rounded_and_counted(merged, models[0] if base is None else base, job)
+    rounded, loss = _rounded_and_counted(merged, start, job)
     return MergedTensor(rounded, context.notes, loss)
+
+
+def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJob) -> Tensor:
+    """Return θ_target + (merged − θ₀) in float32; the target itself where the merge is the base itself.
+
+    Raises:
+        InputError: the target holds NaN or infinity, or disagrees on a buffer.
+    """
+    if not target.is_floating_point():
+        if not torch.equal(target, merged):
+            raise InputError(
+                f"{job.target} disagrees with {job.base} on a buffer of {target.dtype}, which cannot be merged",
+                where=f"tensor {job.name}",
+                remedy="Use a target of the same architecture and tokenizer.",
+            )
+        return target
+    if merged is base:
+        return target
+    moved = merged.float().sub(base.float()).add_(target)
+    if not is_finite(moved):
+        raise InputError(
+            f"the result is not finite: {job.target} holds NaN or infinity, or the sum overflows",
+            where=f"tensor {job.name}",
+            remedy="Use a target without NaN, or smaller weights.",
+        )
+    return moved
 
 
 def _rounded(merged: Tensor, job: TensorJob) -> Tensor:

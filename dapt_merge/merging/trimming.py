@@ -43,7 +43,7 @@ def _trims_over_the_model(job: TensorJob) -> bool:
 def _operands(plan: MergePlan, job: TensorJob) -> Operands:
     assert job.base is not None
     context = TensorContext(job.name, base_label=job.base, model_labels=job.models)
-    base, *models = (plan.read(label, stored) for label, stored in job.reads)
+    base, models = job.inputs(plan.read)
     return Operands(base, tuple(models), context)
 
 

@@ -140,8 +140,10 @@ def _outer_gradients(recipe: Recipe) -> Iterator[str]:
 
 
 def _working_dtype(recipe: Recipe) -> Iterator[str]:
-    if recipe.dtype is not None and recipe.out_dtype is not None and recipe.dtype != recipe.out_dtype:
+    if recipe.input_dtype is not None:
         yield (
-            f"dtype '{recipe.dtype}' has no effect beside out_dtype '{recipe.out_dtype}':"
-            " the arithmetic is always float32."
+            f"the inputs are rounded to dtype '{recipe.input_dtype}' before the merge, and lose what it cannot hold;"
+            f" out_dtype '{recipe.out_dtype}' alone would keep it (the arithmetic is always float32)."
         )
+    if recipe.rounding == "stochastic" and recipe.output_dtype == "float32":
+        yield "rounding: stochastic has no effect: a float32 output is not rounded."

@@ -48,11 +48,20 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         "version": _VERSION,
         "method": recipe.merge_method,
         # Whose configuration and tokenizer the output carries.
-        "config": _content(recipe.references()[0], inputs),
+        "config": _content(recipe.config_reference(), inputs),
         "gradient_outer": (recipe.gradient_outer or "last") if has_gradients else None,
         "output_dtype": recipe.output_dtype,
         "seed": recipe.seed if recipe.method.random else None,
     }
+    # Only what is used: recipes that leave these out keep the fingerprints that they had before these existed.
+    if recipe.target is not None:
+        content["target"] = _content(recipe.target, inputs)
+    if recipe.freeze:
+        content["freeze"] = sorted(set(recipe.freeze))
+    if recipe.rounding == "stochastic":
+        content |= {"rounding": "stochastic", "seed": recipe.seed}
+    if recipe.input_dtype is not None:
+        content["input_dtype"] = recipe.input_dtype
     if recipe.slices is None:
         return content | _canonical_part(recipe.parts[0], recipe.method, inputs)
     return content | {

@@ -99,9 +99,48 @@ def compile_parts(recipe: Recipe) -> tuple[Part, ...]:
     """
     shared = _read_parameters(recipe.parameters, recipe.method, "parameters", own=False)
     if recipe.slices is None:
-        entries = [PartInput(e.model, 0, f"models.{i}", e.parameters) for i, e in enumerate(recipe.models)]
+        entries = [PartInput(e.reference, 0, f"models.{i}", e.parameters) for i, e in enumerate(recipe.models)]
         return (_whole_models(recipe, entries, shared),)
     return tuple(_slice(recipe, part, f"slices.{index}", shared) for index, part in enumerate(recipe.slices))
+
+
+def check_additions(recipe: Recipe) -> None:
+    """Refuse a target or frozen tensors where the recipe gives them nothing to act on.
+
+    Raises:
+        InputError: a target without a base that differences are taken from, a target or frozen tensors together with
+            slices, frozen tensors without a base to stay at.
+    """
+    for key, given in (("target", recipe.target), ("freeze", recipe.freeze)):
+        if given and recipe.slices is not None:
+            raise InputError(
+                f"'{key}' and 'slices' do not go together",
+                where=key,
+                remedy="Merge whole models first, and stack the result in a second recipe.",
+            )
+    if recipe.target is not None:
+        _refuse_adapter(recipe.target, "target")
+        if compile_parts(recipe)[0].base is None:
+            raise InputError(
+                f"a target needs differences from a base to add, and this {recipe.merge_method} has no base",
+                where="target",
+                remedy="Name 'base_model' (and do not list it among the models), or choose another merge_method.",
+            )
+        if same_model(recipe.target, recipe.base_model):
+            raise InputError("the target is the base", where="target", remedy="Leave 'target' out: it is the default.")
+    if recipe.freeze and recipe.base_model is None:
+        raise InputError(
+            "'freeze' keeps tensors as the base has them, and the recipe names no base",
+            where="freeze",
+            remedy="Add 'base_model: PATH'.",
+        )
+    for index, pattern in enumerate(recipe.freeze):
+        if not pattern.strip("*"):
+            raise InputError(
+                f"'{pattern}' would freeze every tensor",
+                where=f"freeze.{index}",
+                remedy="Name a group or part of names.",
+            )
 
 
 def _whole_models(recipe: Recipe, entries: Sequence[PartInput], shared: Clauses) -> Part:
@@ -121,7 +160,7 @@ def _slice(recipe: Recipe, definition: Slice, where: str, shared: Clauses) -> Pa
     """Compile one slice. As in mergekit, only its own sources take part: a base must be one of them."""
     method = recipe.method
     entries = [
-        PartInput(source.model, source.layer_range[0], f"{where}.sources.{i}", source.parameters)
+        PartInput(source.reference, source.layer_range[0], f"{where}.sources.{i}", source.parameters)
         for i, source in enumerate(definition.sources)
     ]
     named_base = definition.base_model or recipe.base_model
@@ -151,9 +190,9 @@ def _slice(recipe: Recipe, definition: Slice, where: str, shared: Clauses) -> Pa
 def _check_models(recipe: Recipe) -> None:
     for index, entry in enumerate(recipe.models):
         _refuse_adapter(entry.model, f"models.{index}.model")
-        if any(same_model(entry.model, earlier.model) for earlier in recipe.models[:index]):
+        if any(same_model(entry.reference, earlier.reference) for earlier in recipe.models[:index]):
             raise InputError(
-                f"the model '{entry.model}' is listed twice",
+                f"the model '{entry.reference}' is listed twice",
                 where=f"models.{index}.model",
                 remedy="List each model once; give it the sum of the weights instead.",
             )

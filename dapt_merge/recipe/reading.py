@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method, method_names
-from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, ModelInput, Recipe, Slice, SliceSource
+from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, Average, ModelInput, Recipe, Slice, SliceSource
 
 # A recipe is a page of text; anything of this size is another file given by mistake.
 _LARGEST_FILE_BYTES = 2**20
@@ -249,9 +249,12 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
         return os.path.normpath(beside) if beside.exists() else reference
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
-        for key in ("base_model", "model"):
-            if key in entry and not (entry is content and key == "model"):
+        for key in ("base_model", "target") if entry is content else ("base_model", "model"):
+            if key in entry:
                 entry[key] = located(entry[key])
+        average = entry.get("average")
+        if isinstance(average, MutableMapping) and isinstance(average.get("checkpoints"), list):
+            average["checkpoints"] = [located(reference) for reference in average["checkpoints"]]
         parameters = entry.get("parameters")
         for name in _file_parameters(content) if isinstance(parameters, MutableMapping) else ():
             if name in parameters:
@@ -298,6 +301,8 @@ def _explained(error: ValidationError, origin: str) -> InputError:
 
 def _fields_at(path: Sequence[str]) -> Mapping[str, Any]:
     """Return the keys that are known where a finding lies."""
+    if "average" in path[:-1]:
+        return Average.model_fields
     if path[:1] == ["slices"] and len(path) > 2:
         return SliceSource.model_fields if path[2:3] == ["sources"] and len(path) > 4 else Slice.model_fields
     return ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields

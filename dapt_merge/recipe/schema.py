@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method
 from dapt_merge.methods.registry import get_method
-from dapt_merge.recipe.parts import Part, check_structure, compile_parts, same_model
+from dapt_merge.recipe.parts import Part, check_additions, check_structure, compile_parts, same_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Valid mergekit keys that this version cannot honour: each with what to do instead.
@@ -30,13 +30,71 @@ UNSUPPORTED_KEYS = {
 }
 
 
+class Average(BaseModel):
+    """The mean of a run's checkpoints, taken before the method (arXiv 2505.12082, 2507.17634).
+
+    `window` averages the last so many equally (default: all), `decay` gives each checkpoint that many times the weight
+    of the one after it. `checkpoints` lists them in the order of training; without it they are the `checkpoint-STEP`
+    folders of the entry's `model`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    checkpoints: list[str] | None = Field(default=None, min_length=1)
+    window: int | None = Field(default=None, ge=1)
+    decay: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_mean(self) -> Average:
+        if self.window is not None and self.decay is not None:
+            raise InputError(
+                "average has both a window and a decay",
+                where="average",
+                remedy="Give one: a window for a plain mean of the last checkpoints, a decay for an exponential one.",
+            )
+        return self
+
+    @property
+    def words(self) -> str:
+        """The mean in a few words, as it stands in references and reports."""
+        if self.decay is not None:
+            return f"average, decay {self.decay:g}"
+        return "average of all" if self.window is None else f"average of the last {self.window}"
+
+
 class ModelInput(BaseModel):
-    """One entry under `models:`: a checkpoint (folder or hub id) and the parameters that are its own."""
+    """One entry under `models:`: a checkpoint (folder or hub id) and the parameters that are its own.
+
+    With `average` it stands for the mean of the run in the folder `model`, or of a list of checkpoints; `model` is then
+    left out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: str = Field(min_length=1)
+    average: Average | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_list(cls, value: object) -> object:
+        average = value.get("average") if isinstance(value, dict) else None
+        listed = average.get("checkpoints") if isinstance(average, dict) else None
+        if not isinstance(value, dict) or not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+            return value
+        name = ", ".join(listed)
+        if value.get("model", name) != name:
+            raise InputError(
+                "both 'model' and 'average.checkpoints' are given",
+                where="average.checkpoints",
+                remedy="Leave 'model' out for a list; or name the run's folder there and leave the list out.",
+            )
+        return {**value, "model": name}
+
+    @property
+    def reference(self) -> str:
+        """What plans, reports and fingerprints call this input."""
+        return self.model if self.average is None else f"{self.model} ({self.average.words})"
 
 
 class SliceSource(ModelInput):
@@ -98,6 +156,13 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     # What lm_head and the final norm get of a gradient: None and "last" its last value, "mergekit" its first.
     gradient_outer: Literal["last", "mergekit"] | None = None
+    # Our own from here on; mergekit knows none of them.
+    # What the merged difference from the base is added to (an instruct model, say); None: the base itself.
+    target: str | None = Field(default=None, min_length=1)
+    # Tensors that stay the base's (the target's, where there is one): groups, or parts of names with * for anything.
+    freeze: list[str] = Field(default_factory=list)
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    allow_config_mismatch: bool = False
 
     @field_validator("parameters", mode="before")
     @classmethod
@@ -115,6 +180,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         check_structure(self)
+        check_additions(self)
         _ = self.parts
         return self
 
@@ -132,13 +198,23 @@ class Recipe(BaseModel):
         return self.out_dtype or self.dtype
 
     @property
+    def input_dtype(self) -> str | None:
+        """The narrower dtype that inputs are rounded to first; only where `dtype` and `out_dtype` are both given.
+
+        `dtype` alone is the output's dtype: the inputs keep all their digits, since rounding them would lose updates
+        that only the output may lose. The arithmetic is float32 in any case.
+        """
+        both = self.dtype is not None and self.out_dtype is not None
+        return self.dtype if both and self.dtype not in (self.out_dtype, "float32") else None
+
+    @property
     def base_is_a_model_like_others(self) -> bool:
         """Whether the base, listed among the models, is averaged with its own weight instead of being θ₀.
 
         True for methods that use no base, and for `linear`, where mergekit pays no heed to `base_model` and users
         write both models with weights that add up.
         """
-        listed = self.base_model is not None and any(same_model(entry.model, self.base_model) for entry in self.models)
+        listed = any(same_model(entry.reference, self.base_model) for entry in self.models)
         return self.method.base == "unused" or (listed and self.merge_method == "linear")
 
     def merge_base(self) -> str | None:
@@ -156,11 +232,18 @@ class Recipe(BaseModel):
 
     def references(self) -> tuple[str, ...]:
         """Return every checkpoint that the merge reads, once each, `base_model` first."""
-        named = [] if self.base_model is None else [self.base_model]
-        named += [entry.model for entry in self.models]
-        named += [source.model for part in self.slices or () for source in part.sources]
+        named = [name for name in (self.base_model, self.target) if name is not None]
+        named += [entry.reference for entry in self.entries()]
         once = {os.path.normpath(name): name for name in reversed(named)}
         return tuple(once[path] for path in dict.fromkeys(os.path.normpath(name) for name in named))
+
+    def entries(self) -> tuple[ModelInput, ...]:
+        """Return the entries of `models`, or of all slices' `sources`."""
+        return (*self.models, *(source for part in self.slices or () for source in part.sources))
+
+    def config_reference(self) -> str:
+        """Return the checkpoint whose configuration and tokenizer the output carries."""
+        return self.target or self.references()[0]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -170,6 +253,9 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load_recipe` (and, without our own keys, mergekit) reads back."""
         content = self.model_dump(exclude_none=True, exclude_defaults=True)
+        for entry, written in zip(self.models, content.get("models", ()), strict=False):
+            if entry.average is not None:
+                written["average"] = entry.average.model_dump(exclude_none=True)
         return yaml.dump(content, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
 
 

@@ -103,10 +103,11 @@ def find_checkpoints(checkpoints: str | Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: the folder holds no checkpoint.
     """
+    from dapt_merge.checkpoints.trajectory import run_checkpoints
+
     if isinstance(checkpoints, str):
         run = Path(checkpoints)
-        found = [folder for folder in run.glob("checkpoint-*") if (folder / "config.json").is_file()]
-        folders = sorted(found, key=lambda folder: (_step(folder), folder.name))
+        folders = run_checkpoints(run)
         if not folders and (run / "config.json").is_file():
             folders = [run]
         if not folders:
@@ -119,11 +120,6 @@ def find_checkpoints(checkpoints: str | Sequence[str]) -> dict[str, str]:
         folders = [Path(path) for path in checkpoints]
     names = [folder.name for folder in folders]
     return {folder.name if names.count(folder.name) == 1 else str(folder): str(folder) for folder in folders}
-
-
-def _step(folder: Path) -> float:
-    digits = folder.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else math.inf
 
 
 def build_space(
@@ -241,7 +237,7 @@ def _with_rest(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _declared(method: Method, name: str) -> Parameter | None:
     """Return the method's own parameter; a study's `weight` is the `t` of SLERP, as in `dm.merge`."""
     if name == "weight":
-        return method.parameter("weight") or method.parameter("t")
+        return method.share
     return method.parameter(name) or method.parameter(f"{name}_")
 
 
@@ -303,7 +299,7 @@ def _refuse_gaps(space: Space, methods: Sequence[Method], where: str) -> None:
             )
         for parameter in method.parameters:
             name = parameter.name.rstrip("_")
-            if parameter.default is None and name not in given and name != "t":
+            if parameter.default is None and name not in given and parameter != method.share:
                 raise InputError(
                     f"'{method.name}' needs {name}, which this space does not set",
                     where=where,
