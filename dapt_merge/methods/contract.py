@@ -207,6 +207,15 @@ class Method:
         """Return the declared parameter of that name, or None."""
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
 
+    @property
+    def share(self) -> Parameter | None:
+        """The parameter that says how far the result goes from the base (0) to a model (1), or None.
+
+        It is `weight`, or the `t` of interpolations; not the `t` of `nearswap`, which is a distance.
+        """
+        t = self.parameter("t")
+        return self.parameter("weight") or (t if t is not None and t.high == 1 else None)
+
     def complete(self, values: Mapping[str, object], count: int, where: str) -> Values:
         """Check `values` for `count` models and fill in the defaults.
 

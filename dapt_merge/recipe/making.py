@@ -62,7 +62,7 @@ def make_recipe(
 
 def _named_as_declared(parameters: Mapping[str, Any], method: Method) -> dict[str, Any]:
     given = {name.removesuffix("_"): value for name, value in parameters.items() if value is not None}
-    takes_t = method.parameter("weight") is None and method.parameter("t") is not None
+    takes_t = method.share is not None and method.share.name == "t"
     if takes_t and "weight" in given:
         if "t" in given:
             raise InputError(
