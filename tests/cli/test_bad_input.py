@@ -66,7 +66,6 @@ def run(monkeypatch, capsys):
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["dapt-merge", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "80")
         with pytest.raises(SystemExit) as stop:
             cli.main()
         return stop.value.code, capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
@@ -38,7 +39,7 @@ def run(*arguments):
 
 def test_the_table_has_a_row_for_each_task_and_a_column_for_each_model(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("dapt_merge.cli.console.output", Console(width=160, highlight=False))
     shown = run("base", "dapt", "--suite", "domain.yaml", "--suite", "general.yaml").stdout
     assert "questions (domain)" in shown
     assert "texts (general)" in shown

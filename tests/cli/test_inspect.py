@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -24,7 +25,7 @@ SHAPES = {
 def models(tmp_path, monkeypatch):
     """Three checkpoints in the current folder: base, dapt, dapt2."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("dapt_merge.cli.console.output", Console(width=60, highlight=False))
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     for name, scale in (("base", 0.0), ("dapt", 0.01), ("dapt2", 0.02)):
