@@ -3,7 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_close, draw_tensors, elected, merge, spherical, trimmed, wide
+from float64_reference import (
+    assert_close,
+    banded,
+    draw_tensors,
+    elected,
+    importance,
+    merge,
+    outlier_threshold,
+    reinforced_update,
+    sce_update,
+    spherical,
+    stocked,
+    trimmed,
+    wide,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods.api import merge_tensors
@@ -14,7 +28,7 @@ POSITIVE = st.floats(0.05, 2)
 
 def theirs(name, base, models, dtype=None, **values):
     """mergekit's result; per-input values follow the order base, models."""
-    for key in ("weight", "density"):
+    for key in ("weight", "density", "gamma", "epsilon"):
         if isinstance(values.get(key), list | tuple):
             values[key] = dict(enumerate(values[key], start=1))
     if "lambda_" in values:
@@ -78,11 +92,154 @@ def test_ties(seed, shape, votes, lambda_, normalize):
     assert_close(merge("ties", base, models, **values), reference, [base, *models, reference])
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_without_dropping(method):
+@settings(max_examples=40)
+@given(
+    st.integers(0, 999),
+    st.sampled_from(SHAPES),
+    st.lists(st.tuples(POSITIVE, st.floats(0.01, 1), st.floats(0, 0.5)), min_size=1, max_size=3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_breadcrumbs(seed, shape, shares, elects, normalize):
+    weights, densities, gammas = (list(column) for column in zip(*shares, strict=True))
+    base, *models = draw_tensors(seed, shape, len(shares) + 1)
+    numel = base.numel()
+    # elsewhere the two differ on purpose: one element is always kept, and outliers always go
+    assume(all(1 <= int(d * numel) <= numel - int(g * numel) and d + g < 1 for _, d, g in shares))
+    assume(all((model - base).abs().unique().numel() == numel for model in models))
+    deltas = [banded(wide(m - base), d, g) for (_, d, g), m in zip(shares, models, strict=True)]
+    ballot = np.abs(sum(weight * delta for weight, delta in zip(weights, deltas, strict=True)))
+    assume(((ballot > 1e-5) | (ballot == 0)).all())
+    values = {"weight": weights, "density": densities, "gamma": gammas, "normalize": normalize}
+    name = "breadcrumbs_ties" if elects else "breadcrumbs"
+    reference = theirs(name, base, models, **values)
+    scale = torch.full(shape, sum(weights))
+    assert_close(merge(name, base, models, **values), reference, [base, *models, reference, scale])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from(SHAPES), st.integers(2, 4), st.booleans())
+def test_model_stock_where_the_models_have_a_direction_in_common(seed, shape, count, filter_wise):
+    base, common, *models = draw_tensors(seed, shape, count + 2)
+    models = [model + 2 * (common - base) for model in models]
+    deltas = [(model - base).reshape(-1, shape[-1] if filter_wise else base.numel()) for model in models]
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    norms = [delta.norm(dim=1) for delta in deltas]
+    assume(all((norm > 1e-2).all() for norm in norms))  # theirs bounds the product of two norms from below
+    cosines = sum((deltas[i] * deltas[j]).sum(dim=1) / norms[i] / norms[j] for i, j in pairs) / len(pairs)
+    assume((cosines > 0.05).all())  # ours stays at the base below 0
+    reference = theirs("model_stock", base, models, filter_wise=filter_wise)
+    assert_close(merge("model_stock", base, models, filter_wise=filter_wise), reference, [base, *models, reference])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from(SHAPES), st.integers(1, 4), st.floats(0.01, 1))
+def test_sce(seed, shape, count, select_topk):
+    base, *models = draw_tensors(seed, shape, count + 1)
+    deltas = [wide(model - base) for model in models]
+    variances = np.sort(np.var(deltas, axis=0).reshape(-1))
+    assume(count == 1 or select_topk == 1 or (np.diff(variances) > 1e-5 * variances[1:]).all())
+    assume(count == 1 or int(select_topk * variances.size) >= 1)  # ours selects one at least
+    assume((np.abs(sum(deltas)) > 1e-5).all())
+    reference = theirs("sce", base, models, select_topk=select_topk)
+    assert_close(merge("sce", base, models, select_topk=select_topk), reference, [base, *models])
+
+
+def test_sce_weighs_small_updates_alike_when_asked_to():
+    base, *models = draw_tensors(8, (40, 30), 3, spread=1e-4)
+    reference = theirs("sce", base, models)
+    assert_close(merge("sce", base, models, equal_below=1e-6), reference, [base, *models])
+    assert (merge("sce", base, models) - reference).abs().max() > 1e-7
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from(SHAPES), st.floats(2e-6, 1))
+def test_nearswap(seed, shape, t):
+    base, model = draw_tensors(seed, shape, 2)
+    assert_close(merge("nearswap", base, [model], t=t), theirs("nearswap", base, [model], t=t), [base, model])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from(SHAPES), st.integers(1, 4), st.floats(1e-3, 0.8), st.floats(0, 1))
+def test_ram(seed, shape, count, epsilon, r):
+    base, *models = draw_tensors(seed, shape, count + 1)
+    reference = theirs("ram", base, models, epsilon=epsilon)
+    assert_close(merge("ram", base, models, epsilon=epsilon), reference, [base, *models])
+    values = {"epsilon": epsilon, "r": r, "alpha": 0.7}
+    reference = theirs("ramplus_tl", base, models, **values)
+    assert_close(merge("ramplus_tl", base, models, **values), reference, [base, *models, reference])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from(SHAPES))
+def test_arcee_fusion(seed, shape):
+    base, model = draw_tensors(seed, shape, 2, spread=1.0)
+    importances = importance(wide(base), wide(model))
+    threshold = outlier_threshold(importances)
+    assume(threshold == 0 or (np.abs(importances / threshold - 1) > 1e-3).all())  # theirs has float32 divergences
+    assert_close(merge("arcee_fusion", base, [model]), theirs("arcee_fusion", base, [model]), [base, model])
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 999), st.sampled_from(SHAPES), st.floats(-2, 2))
+def test_passthrough(seed, shape, scale):
+    (model,) = draw_tensors(seed, shape, 1)
+    reference = merge_tensors([model], "passthrough", parameters={"scale": scale})
+    assert torch.equal(merge("passthrough", None, [model], scale=scale), reference)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_dare_and_della_without_dropping(method):
     base, *models = draw_tensors(4, (40, 30), 3)
     values = {"weight": [0.4, 0.7], "lambda_": 0.8, "normalize": True}
     assert_close(merge(method, base, models, **values), theirs(method, base, models, **values), [base, *models])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("della", {"weight": [0.3, 0.45], "density": 1.0, "normalize": True}),
+        ("della_linear", {"weight": [0.3, 0.45], "density": 1.0}),
+        ("breadcrumbs", {"weight": [0.3, 0.45], "density": 0.6, "gamma": 0.05}),
+        ("breadcrumbs_ties", {"weight": [0.3, 0.45], "density": 0.6, "gamma": 0.05, "normalize": True}),
+        ("model_stock", {"filter_wise": False}),
+        ("model_stock", {"filter_wise": True}),
+        ("sce", {}),
+        ("nearswap", {"t": 0.005}),
+        ("ram", {"epsilon": 1e-3}),
+        ("ramplus_tl", {"epsilon": 1e-3}),
+        ("arcee_fusion", {}),
+    ],
+)
+@pytest.mark.parametrize("spread", [1e-2, 1.0])
+def test_in_bfloat16_selecting_methods_are_at_least_as_close_to_float64(name, values, spread):
+    base, *models = draw_tensors(7, (60, 50), 3, torch.bfloat16, spread)
+    models = models[:1] if name in ("nearswap", "arcee_fusion") else models
+    wide_base, deltas = wide(base), [wide(model) - wide(base) for model in models]
+    if name.startswith("breadcrumbs"):
+        deltas = [banded(delta, values["density"], values["gamma"]) for delta in deltas]
+    weights = values.get("weight", ())
+    expected = {
+        "della": lambda: wide_base + elected(deltas, weights, "weighted", True),
+        "breadcrumbs_ties": lambda: wide_base + elected(deltas, weights, "weighted", True),
+        "della_linear": lambda: wide_base + sum(w * d for w, d in zip(weights, deltas, strict=True)),
+        "breadcrumbs": lambda: wide_base + sum(w * d for w, d in zip(weights, deltas, strict=True)),
+        "model_stock": lambda: stocked(wide_base, [wide(model) for model in models], values["filter_wise"]),
+        "sce": lambda: wide_base + sce_update(deltas, 1.0),
+        "nearswap": lambda: wide_base + np.clip(deltas[0], -values["t"], values["t"]),
+        "ram": lambda: wide_base + reinforced_update(deltas, values["epsilon"]),
+        "ramplus_tl": lambda: wide_base + reinforced_update(deltas, values["epsilon"], 0.1, 0.2),
+        "arcee_fusion": lambda: fused(wide_base, wide(models[0])),
+    }[name]()
+    ours = merge(name, base, models, **values).bfloat16()
+    reference = theirs(name, base, models, dtype=torch.bfloat16, **values)
+    error, their_error = (np.linalg.norm(wide(result) - expected) for result in (ours, reference.bfloat16()))
+    assert error <= their_error * (1 + 1e-9)
+
+
+def fused(base: np.ndarray, model: np.ndarray) -> np.ndarray:
+    importances = importance(base, model)
+    return np.where(importances >= outlier_threshold(importances), model, base)
 
 
 @pytest.mark.parametrize("name", ["linear", "slerp", "task_arithmetic", "ties"])
