@@ -28,7 +28,8 @@ def make_recipe(
         method: a registered method's name.
         overrides: `key=value` as in `load_recipe`, applied last.
         parameters: the method's parameters by name (`lambda_` for `lambda`). For one that is per model, a single value
-            holds for every DAPT checkpoint and a list gives one value each. `weight` is `t` for slerp, which has no
+            holds for every DAPT checkpoint and a list gives one value each; where a method takes the base for a model
+            like the others (`fisher`, `regmean`), a list may have one value more, the first, for the base. `weight` is `t` for slerp, which has no
             weight. `dtype`, `out_dtype`, `seed` and `gradient_outer` are the recipe's keys of that name.
 
     Raises:
@@ -53,11 +54,23 @@ def make_recipe(
         parameter = declared.parameter(name)
         if parameter is not None and parameter.per_model:
             # Written under each model: there it says whose weight it is, also to mergekit's `linear`.
-            for entry, own in zip(content["models"], _one_each(name, value, dapt), strict=True):
+            entries = _entries_meant(content, declared, value, len(dapt))
+            labels = [entry["model"] for entry in entries]
+            for entry, own in zip(entries, _one_each(name, value, labels), strict=True):
                 entry["parameters"][name] = own
         else:
             content["parameters"][name] = value
     return build_recipe(content, overrides, "arguments")
+
+
+def _entries_meant(content: dict[str, Any], method: Method, value: Any, count: int) -> list[dict[str, Any]]:
+    """Return the entries that a per-model parameter is for: the DAPT checkpoints, or those and the base before them."""
+    entries: list[dict[str, Any]] = content["models"]
+    if method.base != "unused" or not isinstance(value, list | tuple) or len(value) != count + 1:
+        return entries[-count:]
+    if len(entries) == count:
+        entries.insert(0, {"model": content["base_model"], "parameters": {}})
+    return entries
 
 
 def _named_as_declared(parameters: Mapping[str, Any], method: Method) -> dict[str, Any]:

@@ -207,3 +207,18 @@ def test_wrong_values_are_refused():
         merge("karcher", None, models, max_iter=2.5)
     with pytest.raises(InputError, match="above 0"):
         merge("karcher", None, models, tol=0)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2])
+def test_in_a_large_tensor_ours_is_nearer_to_float64_than_mergekit(spread):
+    """A million squares added in float32 lose what the angle between close models is made of."""
+    models = [tensor * 0.05 for tensor in draw_tensors(7, (1536, 576), 3, spread=spread / 0.05)]
+    flat = np.array([wide(model).reshape(-1) for model in models])
+    lengths = np.linalg.norm(flat, axis=1)
+    mean = (flat / lengths[:, None]).mean(0)
+    expected = (lengths.mean() * mean / np.linalg.norm(mean)).reshape(1536, 576)
+    largest = np.abs(expected).max()
+    ours = np.abs(wide(merge("multislerp", None, models, weight=1)) - expected).max() / largest
+    reference = merge_tensors(models, "multislerp", parameters={"weight": [1.0, 1.0, 1.0]})
+    assert ours <= 5e-7
+    assert ours <= np.abs(wide(reference) - expected).max() / largest

@@ -159,3 +159,17 @@ def test_a_short_corpus_is_told(models, corpus, tmp_path):
     result = call("statistics", models[0], "--corpus", corpus, "--kind", "gram", "-o", tmp_path / "s.safetensors")
     assert result.exit_code == 0
     assert "of the 100,000 tokens asked for" in result.output
+
+
+def test_arguments_give_the_base_its_file_first(models, files, tmp_path):
+    expected = merge(recipe=recipe_of(models, files["fisher"], "fisher", "fisher"))
+    base, dapt = map(str, models)
+    merged = merge(base, dapt, "fisher", fisher=[str(path) for path in files["fisher"]])
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    heavier = merge(base, dapt, "fisher", fisher=[str(path) for path in files["fisher"]], weight=3.0)
+    assert [entry.parameters.get("weight") for entry in heavier.plan.recipe.models] == [None, 3.0]
+    listed = ",".join(str(path) for path in files["gram"])
+    flags = ("--base", base, "--dapt", dapt, "--method", "regmean", f"gram=[{listed}]", "-o", tmp_path / "out")
+    assert call("merge", *flags).exit_code == 0
+    with pytest.raises(InputError, match="needs a value for 'fisher'"):
+        merge(base, dapt, "fisher", fisher=str(files["fisher"][1]))
