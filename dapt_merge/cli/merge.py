@@ -33,6 +33,9 @@ def merge(
         help="With --base: the share of each difference that is kept; repeat to give one each.",
         show_default=False,
     ),
+    engine: str = typer.Option(
+        "native", help="native, or mergekit: the same recipe carried out by mergekit's own code."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
     threads: int = typer.Option(None, min=1, help="Tensors merged at once.", show_default="the CPUs there are"),
     as_json: bool = typer.Option(False, "--json", help="Print the merge report as JSON on stdout."),
@@ -48,6 +51,9 @@ def merge(
 
     recipe = _recipe(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
+    if _checked_engine(engine, threads) == "mergekit":
+        _by_mergekit(recipe, out, overwrite, as_json)
+        return
 
     from dapt_merge.merging import merge_to_disk, plan_merge
 
@@ -63,6 +69,36 @@ def merge(
     else:
         for line in _summary(report, out):
             output.print(_escaped(line), soft_wrap=True)
+
+
+def _checked_engine(engine: str, threads: int | None) -> str:
+    from dapt_merge.errors import InputError, nearest
+
+    if engine not in ("native", "mergekit"):
+        raise InputError(
+            f"there is no engine '{engine}'.{nearest(engine, ['native', 'mergekit'])}",
+            where="--engine",
+            remedy="Use native or mergekit.",
+        )
+    if engine == "mergekit" and threads is not None:
+        raise InputError(
+            "mergekit chooses its threads itself",
+            where="--threads",
+            remedy="Leave --threads out with --engine mergekit.",
+        )
+    return engine
+
+
+def _by_mergekit(recipe: Recipe, out: Path, overwrite: bool, as_json: bool) -> None:
+    from dapt_merge.cli.console import console, output, print_json
+    from dapt_merge.merging.mergekit_engine import merge_with_mergekit
+
+    with console.status("merging with mergekit"):
+        merge_with_mergekit(recipe, out, overwrite=overwrite)
+    if as_json:
+        print_json({"engine": "mergekit", "output": str(out), "recipe": recipe.to_yaml()})
+    else:
+        output.print(_escaped(f"{out}: written by mergekit; recipe: {out / 'recipe.yaml'}"), soft_wrap=True)
 
 
 def _recipe(

@@ -185,3 +185,24 @@ def test_each_misuse_is_told_and_writes_nothing(models, tmp_path, arguments, wha
     assert what in str(error)
     assert error.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "dapt", "dapt2"]
+
+
+def test_mergekit_can_be_the_engine_and_its_failures_are_told(models, tmp_path, monkeypatch):
+    called = {}
+    monkeypatch.setattr(
+        "dapt_merge.merging.mergekit_engine.merge_with_mergekit",
+        lambda recipe, out, overwrite: called.update(method=recipe.merge_method, out=str(out), overwrite=overwrite),
+    )
+    assert run(recipe_file(tmp_path), "--engine", "mergekit", "--overwrite", "-o", "theirs").exit_code == 0
+    assert called == {"method": "linear", "out": "theirs", "overwrite": True}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    file = recipe_file(tmp_path, merge_method="slerp", models=[{"model": "dapt"}], parameters={"t": 0.3})
+    # These models have no norms, which mergekit's table of architectures insists on.
+    assert "mergekit failed" in str(run(file, "--engine", "mergekit", "-o", "theirs").exception)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_an_engine_that_is_not_there_and_threads_for_mergekits_are_refused(models, tmp_path):
+    assert "Did you mean 'mergekit'?" in refused(recipe_file(tmp_path), "--engine", "mergkit", "-o", "out").what
+    assert "threads" in refused(recipe_file(tmp_path), "--engine", "mergekit", "--threads", "2", "-o", "out").what

@@ -1,0 +1,151 @@
+"""The same recipe carried out by mergekit instead: for comparison, and for whoever has to reproduce its numbers.
+
+mergekit's arithmetic, its defaults and its reading of a recipe hold then; what it would pass over in silence (our own
+keys and parameters) is refused. The output appears whole or not at all, as always. Nothing of mergekit is imported
+before a merge is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapt_merge.atomic import atomic_folder, refuse_existing
+from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.errors import DaptMergeError, InputError, nearest
+from dapt_merge.recipe import Recipe
+
+# Keys of ours that change the result and that mergekit does not know.
+_OURS = ("target", "freeze", "rounding", "allow_config_mismatch")
+
+
+def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> None:
+    """Let mergekit merge, and write its model, with the recipe beside it, as `out`.
+
+    Args:
+        recipe: in mergekit's dialect alone; `seed` seeds its random methods.
+        out: the folder to create.
+        overwrite: replace an existing output, once the new one is complete.
+
+    Raises:
+        InputError: mergekit cannot express the recipe; an input is no full model in safetensors; `out` exists.
+        DaptMergeError: mergekit is not installed, or fails.
+    """
+    refuse_existing(out, overwrite)
+    content = mergekit_content(recipe)
+    for reference in recipe.references():
+        _refuse_input_as_output(open_checkpoint(reference).folder, reference, Path(out))  # and no pickles
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        _run(content, folder, recipe.seed)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def mergekit_content(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as mergekit's configuration.
+
+    Raises:
+        InputError: the recipe has a key, a form or a parameter that mergekit would not know or would ignore.
+    """
+    content: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
+    ours = [key for key in _OURS if key in content]
+    if any(entry.average for entry in recipe.entries()):
+        ours.append("average")
+    if any(c.group for part in recipe.parts for chains in part.clauses.values() for chain in chains for c in chain):
+        ours.append("a setting by group")
+    if content.pop("gradient_outer", None) == "last":
+        ours.append("gradient_outer: last")
+    if ours:
+        raise InputError(
+            f"mergekit knows no {', no '.join(ours)}",
+            where="--engine mergekit",
+            remedy="Remove it from the recipe, or use --engine native.",
+        )
+    if recipe.merge_method == "linear" and recipe.merge_base() is not None:
+        raise InputError(
+            "linear with a base_model outside the models is WiSE-FT here, and something else in mergekit",
+            where="--engine mergekit",
+            remedy="List the base among the models with its own weight, or use --engine native.",
+        )
+    _refuse_unknown_parameters(recipe)
+    content.pop("seed", None)
+    return content
+
+
+def _refuse_unknown_parameters(recipe: Recipe) -> None:
+    """mergekit passes over parameters that it does not know; here that is an error."""
+    try:
+        from mergekit import merge_methods
+    except ImportError as error:
+        raise _not_installed() from error
+    try:
+        spec = merge_methods.get(recipe.merge_method).spec
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"mergekit has no merge method '{recipe.merge_method}'",
+            where="merge_method",
+            remedy="Choose one that it has, or use --engine native.",
+        ) from error
+    known = [parameter.name for parameter in spec.parameters] + ["int8_mask"]
+    blocks = [
+        recipe.parameters,
+        *(e.parameters for e in recipe.entries()),
+        *(s.parameters for s in recipe.slices or ()),
+    ]
+    for name in (name for block in blocks for name in block):
+        if name not in known:
+            raise InputError(
+                f"mergekit's {recipe.merge_method} has no parameter '{name}' and would ignore it."
+                f"{nearest(name, known)}",
+                where=f"parameters.{name}",
+                remedy="Remove it, or use --engine native.",
+            )
+
+
+def _run(content: dict[str, Any], folder: Path, seed: int) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(quiet=True, write_model_card=False, random_seed=seed, trust_remote_code=False)
+    with _quiet_logging():
+        try:
+            run_merge(MergeConfiguration.model_validate(content), str(folder), options)
+        except Exception as error:  # mergekit raises many kinds, for its users' faults and for its own
+            raise DaptMergeError(
+                f"mergekit failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}",
+                where="--engine mergekit",
+                remedy="Try --engine native, which says what is wrong with an input.",
+            ) from error
+        finally:
+            LoaderCache().loaders.clear()  # it would serve a changed file from before
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _refuse_input_as_output(folder: Path | None, reference: str, out: Path) -> None:
+    if folder is not None and folder.resolve().is_relative_to(out.resolve()):
+        raise InputError(
+            f"the output would replace its own input '{reference}'", where=out, remedy="Choose another output folder."
+        )
+
+
+def _not_installed() -> DaptMergeError:
+    return DaptMergeError(
+        "mergekit is not installed",
+        where="--engine mergekit",
+        remedy="pip install mergekit, or use --engine native.",
+    )
