@@ -10,7 +10,7 @@ from dapt_merge import ResidentMerger, make_recipe, merge, open_checkpoint, plan
 from dapt_merge.errors import InputError
 from dapt_merge.merging import merge_to_disk
 from dapt_merge.merging.live import model_from_config
-from dapt_merge.methods.registry import method_names
+from dapt_merge.methods.registry import get_method, method_names
 
 CASES = {
     "linear": {"weight": [0.3, 0.5]},
@@ -19,12 +19,22 @@ CASES = {
     "ties": {"weight": [0.3, 0.5], "density": 0.4},
     "dare_linear": {"weight": [0.3, 0.5], "density": 0.5, "seed": 7},
     "dare_ties": {"weight": [0.3, 0.5], "density": 0.5, "seed": 7},
+    "della": {"weight": [0.3, 0.5], "density": 0.5, "rescale": "l1", "seed": 7},
+    "della_linear": {"weight": [0.3, 0.5], "density": 0.5, "epsilon": [0.1, 0.4], "seed": 7},
+    "breadcrumbs": {"weight": [0.3, 0.5], "density": 0.5, "gamma": [0.1, 0.2]},
+    "breadcrumbs_ties": {"weight": [0.3, 0.5], "density": 0.5, "rescale": "l1"},
+    "model_stock": {"filter_wise": True},
+    "sce": {"select_topk": 0.3},
+    "nearswap": {"t": 5e-4},
+    "ram": {"epsilon": 1e-3},
+    "ramplus_tl": {"epsilon": 1e-3},
+    "arcee_fusion": {},
 }
 TRIMMED_OVER_THE_MODEL = ("ties", {"weight": 0.5, "density": 0.3, "trim_scope": "model"})
 
 
 def recipe_for(models, method, out_dtype=None, **parameters):
-    dapt = [models["one"]] if method == "slerp" else [models["one"], models["two"]]
+    dapt = [models["one"], models["two"]][: get_method(method).max_models]
     return make_recipe(str(models["base"]), [str(path) for path in dapt], method, out_dtype=out_dtype, **parameters)
 
 
