@@ -29,8 +29,9 @@ def make_recipe(
         overrides: `key=value` as in `load_recipe`, applied last.
         parameters: the method's parameters by name (`lambda_` for `lambda`). For one that is per model, a single value
             holds for every DAPT checkpoint and a list gives one value each; where a method takes the base for a model
-            like the others (`fisher`, `regmean`), a list may have one value more, the first, for the base. `weight` is `t` for slerp, which has no
-            weight. `dtype`, `out_dtype`, `seed` and `gradient_outer` are the recipe's keys of that name.
+            like the others (`fisher`, `regmean`), a list may have one value more, the first, for the base. `weight` is
+            `t` for slerp, which has no weight. `dtype`, `out_dtype`, `seed` and `gradient_outer` are the recipe's keys
+            of that name.
 
     Raises:
         InputError: an unknown method or parameter, a list of the wrong length, a value out of range.
