@@ -30,13 +30,18 @@ CheckpointSource: TypeAlias = "str | Path | Checkpoint | PreTrainedModel | Mappi
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor: nothing has been read yet. `file` is None for a tensor in memory."""
+    """What a header says of a tensor: nothing has been read yet.
+
+    `file` is None for a tensor in memory. `stored_dtype` is the dtype that the model is kept in, where the tensor is
+    computed in a wider one when it is read.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
     file: Path | None = None
+    stored_dtype: torch.dtype | None = None
 
     @property
     def elements(self) -> int:
@@ -53,6 +58,7 @@ class Checkpoint:
         config: the model configuration as plain data; empty when there is none.
         tensors: name → TensorInfo, in natural order (layer 2 before layer 10), each stored tensor once.
         aliases: name → name of the tensor that it is tied to.
+        remarks: sentences on how it was opened, for the report of whatever is made of it.
         num_layers: how many layers the stack has, or None when neither config nor names say; see `layers_of`.
 
     Example:
@@ -71,6 +77,7 @@ class Checkpoint:
         folder: Path | None = None,
         config: dict[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
+        remarks: Iterable[str] = (),
     ) -> None:
         infos = {info.name: info for info in tensors}
         self.label = label
@@ -80,6 +87,7 @@ class Checkpoint:
         self.aliases: Mapping[str, str] = dict(aliases or {})
         self.num_layers = _num_layers(self.config, self.tensors)
         self._layers = _layers_by_stack(self.tensors)
+        self.remarks = tuple(remarks)
         self._reader = reader
         self._digests: dict[str, bytes] = {}
 

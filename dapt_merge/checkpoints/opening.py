@@ -1,14 +1,13 @@
 """Opens whatever a user calls a checkpoint: a folder, a file, a hub id, a live model or a state dict.
 
-The idea: decide from names and headers alone, and refuse with the reason whatever is not a full model in safetensors
-(pickles, adapters, quantised weights, torn files). Files are data from strangers: an index may not point outside its
-folder, and nothing is unpickled or imported. What a merge needs of several checkpoints together is checked elsewhere.
+The idea: decide from names and headers alone, and refuse with the reason whatever is not a model in safetensors
+(pickles, quantised weights, torn files). A LoRA adapter with its base counts as the model that they stand for. Files
+are data from strangers: an index may not point outside its folder, and nothing is unpickled or imported. What a merge
+needs of several checkpoints together is checked elsewhere.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -16,8 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, is_adapter_folder
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
+from dapt_merge.checkpoints.files import PICKLES, map_file, read_header, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, second_names
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
 from dapt_merge.checkpoints.naming import canonical_names
@@ -25,16 +26,19 @@ from dapt_merge.errors import InputError, nearest
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def open_checkpoint(source: CheckpointSource, label: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: CheckpointSource, label: str | None = None, *, base: Checkpoint | None = None
+) -> Checkpoint:
     """Open a checkpoint; only headers and config.json are read.
 
     Args:
-        source: a Hugging Face folder (one file or shards), a `.safetensors` file, a hub id, a `PreTrainedModel`, a
-            state dict, or a Checkpoint (returned as it is).
+        source: a Hugging Face folder (one file or shards), a `.safetensors` file, a hub id, `"model+adapter"` (folders
+            or hub ids), the folder of a LoRA adapter, a `PreTrainedModel`, a state dict, or a Checkpoint (returned as
+            it is).
         label: its name in errors and reports (default: the path, or "model in memory").
+        base: what an adapter's folder is applied to (default: the model that its configuration names).
 
     Raises:
         InputError: nothing is there, or it is not a full model in safetensors; the message names file and remedy.
@@ -47,7 +51,7 @@ def open_checkpoint(source: CheckpointSource, label: str | None = None) -> Check
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, str | Path):
-        return _open_path(source, label or str(source))
+        return _open_path(source, label or str(source), base)
     if isinstance(source, Mapping):
         return _open_state_dict(source, label or "state dict in memory", {})
     if callable(getattr(source, "state_dict", None)) and hasattr(source, "config"):
@@ -58,26 +62,63 @@ def open_checkpoint(source: CheckpointSource, label: str | None = None) -> Check
     )
 
 
-def _open_path(source: str | Path, label: str) -> Checkpoint:
+def _open_path(source: str | Path, label: str, base: Checkpoint | None) -> Checkpoint:
     path = Path(source).expanduser()
     if not path.exists():
-        if isinstance(source, str) and looks_like_hub_id(source):
-            return _open_folder(snapshot_folder(source), label)
-        raise InputError("there is no such file or folder", where=path, remedy=_remedy_for_missing(path))
+        model, plus, adapter = str(source).rpartition("+")
+        if plus:
+            return _open_adapter(_local_folder(adapter), label, _open_path(model, model, None))
+        path = _local_folder(source)
     if path.is_dir():
-        return _open_folder(path, label)
-    if path.suffix in _PICKLES:
+        return _open_adapter(path, label, base) if is_adapter_folder(path) else _open_folder(path, label)
+    if path.suffix in PICKLES:
         raise _pickle_refused(path, path.parent)
     if path.suffix != ".safetensors":
         raise InputError(
             "not a safetensors file", where=path, remedy="Give a Hugging Face model folder, or a .safetensors file."
         )
-    _refuse_adapter(path.parent)
+    if is_adapter_folder(path.parent):
+        raise InputError("this file lies in the folder of a LoRA adapter", where=path, remedy="Give the folder itself.")
     return _open_files(path.parent, [path], label, expected=None)
 
 
+def _local_folder(source: str | Path) -> Path:
+    """Return the path of a folder or file that is there, or of a hub model's files in the cache."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if looks_like_hub_id(str(source)):
+        return snapshot_folder(str(source))
+    raise InputError("there is no such file or folder", where=path, remedy=_remedy_for_missing(path))
+
+
+def _open_adapter(folder: Path, label: str, base: Checkpoint | None) -> Checkpoint:
+    """Open an adapter's folder on top of a base: the one given, else the one that its configuration names."""
+    if not is_adapter_folder(folder):
+        raise InputError(
+            f"this is no LoRA adapter: it has no {ADAPTER_CONFIG}",
+            where=folder,
+            remedy="In 'model+adapter', name a folder that peft saved after the plus sign.",
+        )
+    if (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        raise InputError(
+            "the folder holds a full model and a LoRA adapter",
+            where=folder,
+            remedy=f"Remove {ADAPTER_CONFIG} if the model contains it already, or move the adapter to its own folder.",
+        )
+    adapter = Adapter(folder)
+    if base is None:
+        if adapter.base_name is None:
+            raise InputError(
+                "the LoRA adapter does not say which model it was trained on",
+                where=folder / ADAPTER_CONFIG,
+                remedy=f"Name its base before it: MODEL+{folder}.",
+            )
+        base = _open_path(adapter.base_name, adapter.base_name, None)
+    return apply_adapter(base, adapter, label)
+
+
 def _open_folder(folder: Path, label: str) -> Checkpoint:
-    _refuse_adapter(folder)
     if (folder / SINGLE_FILE).is_file():
         return _open_files(folder, [folder / SINGLE_FILE], label, expected=None)
     if (folder / INDEX_FILE).is_file():
@@ -89,7 +130,7 @@ def _open_folder(folder: Path, label: str) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return tensor name → shard file name; every shard exists and lies in the index's own folder."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError("the index has no usable 'weight_map'", where=path, remedy="Copy it again from its source.")
     for shard in sorted(set(weight_map.values())):
@@ -116,8 +157,8 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
     handles: dict[Path, Any] = {}
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        handles[file] = _map_file(file)
-        for info in _read_header(file, handles[file]):
+        handles[file] = map_file(file)
+        for info in read_header(file, handles[file]):
             if info.name in infos:
                 raise InputError(
                     f"tensor '{info.name}' is stored in two shards", where=file, remedy="Save the checkpoint again."
@@ -145,36 +186,6 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
     )
 
 
-def _map_file(file: Path) -> Any:
-    """Return a safetensors handle; its tensors are views into a private memory map of the file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"the file is truncated or not safetensors ({error})",
-            where=file,
-            remedy="Copy or download it again, and compare its size with the source.",
-        ) from error
-
-
-def _read_header(file: Path, handle: Any) -> list[TensorInfo]:
-    infos = []
-    for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-        stored = handle.get_slice(name)
-        dtype = SAFETENSORS_DTYPES.get(stored.get_dtype())
-        if dtype is None:
-            raise InputError(
-                f"tensor '{name}' is stored as {stored.get_dtype()}, which cannot be merged",
-                where=file,
-                remedy="Use the checkpoint in float32, bfloat16 or float16.",
-            )
-        shape = tuple(stored.get_shape())
-        infos.append(TensorInfo(name, dtype, shape, math.prod(shape) * dtype.itemsize, file))
-    return infos
-
-
 def _check_against_index(infos: Mapping[str, TensorInfo], expected: Mapping[str, str], folder: Path) -> None:
     for name in sorted(infos.keys() | expected.keys()):
         info = infos.get(name)
@@ -192,7 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("quantization_config"):
         raise InputError(
             "the checkpoint is quantised; its numbers cannot be averaged",
@@ -200,16 +211,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             remedy="Dequantise it first, or use the original float32, bfloat16 or float16 weights.",
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"not readable as JSON ({error})", where=path, remedy="Copy it again.") from error
-    if not isinstance(data, dict):
-        raise InputError("expected a JSON object", where=path, remedy="Copy it again from its source.")
-    return data
 
 
 def _tied_in_file(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, str]:
@@ -226,6 +227,12 @@ def _tied_in_file(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
 
 def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str, Any]) -> Checkpoint:
     """Open live tensors; those that share their memory are one, under the embedding's name where it is among them."""
+    if any(".lora_A." in name for name in tensors):
+        raise InputError(
+            "this model in memory has a LoRA adapter beside its weights",
+            where=label,
+            remedy="Give model.merge_and_unload(), or the paths as 'model+adapter'.",
+        )
     stored_as = {canonical: stored for stored, canonical in canonical_names(tensors, config).items()}
     embedding, _ = embedding_and_head(stored_as)
     owners: dict[object, str] = {}
@@ -253,7 +260,7 @@ def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str
 
 
 def _no_weights(folder: Path) -> InputError:
-    pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES and path.name != "training_args.bin")
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if pickles and not others:
         return _pickle_refused(pickles[0], folder)
@@ -264,16 +271,6 @@ def _no_weights(folder: Path) -> InputError:
             remedy=f"Copy {INDEX_FILE} beside the shards, or give the .safetensors file itself.",
         )
     return InputError("the folder holds no safetensors weights", where=folder, remedy=_remedy_for_missing(folder))
-
-
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            "this is a LoRA adapter, not a full model",
-            where=folder / "adapter_config.json",
-            remedy="Merge it into a full model first: peft's PeftModel.from_pretrained(base, adapter)"
-            ".merge_and_unload().save_pretrained(folder).",
-        )
 
 
 def _pickle_refused(file: Path, folder: Path) -> InputError:

@@ -56,6 +56,11 @@ def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
     return None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer's vocabulary."""
+    return bool(_files(folder))
+
+
 def _files(folder: Path) -> list[str]:
     return [name for name in _VOCABULARY_FILES if (folder / name).is_file()]
 

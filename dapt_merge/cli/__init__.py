@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 # In the order of the data flow, which is the order in which `--help` lists them.
-_COMMANDS = ("demo", "pretrain", "inspect", "statistics", "merge", "eval", "search", "plot", "export")
+_COMMANDS = ("demo", "pretrain", "inspect", "statistics", "merge", "extract-lora", "eval", "search", "plot", "export")
 
 
 def build_app():  # type: ignore[no-untyped-def]
@@ -34,7 +34,8 @@ def build_app():  # type: ignore[no-untyped-def]
             raise typer.Exit
 
     for name in _COMMANDS:
-        app.command(name)(getattr(import_module(f"dapt_merge.cli.{name}"), name))
+        function = name.replace("-", "_")
+        app.command(name)(getattr(import_module(f"dapt_merge.cli.{function}"), function))
     return app
 
 

@@ -173,10 +173,11 @@ def _from_arguments(
         )
     several: list[Any] = list(dapt) if isinstance(dapt, list | tuple) else [dapt]
     opened: dict[str, Checkpoint] = {}
-    labels = []
+    labels: list[str] = []
     for position, source in enumerate([base, *several]):
         fallback = "base" if position == 0 else "dapt" if len(several) == 1 else f"dapt-{position}"
-        checkpoint = open_checkpoint(source, None if isinstance(source, str | Path) else fallback)
+        label = None if isinstance(source, str | Path) else fallback
+        checkpoint = open_checkpoint(source, label, base=opened[labels[0]] if labels else None)
         by_path = isinstance(source, str | Path) or checkpoint.label not in opened
         labels.append(checkpoint.label if by_path else fallback)
         opened[labels[-1]] = checkpoint

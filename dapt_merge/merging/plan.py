@@ -151,7 +151,8 @@ def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agree
         layout = stack_layout(recipe, opened, agreement)
         jobs = [_stacked_job(recipe, opened, tensor) for tensor in layout]
         config_from = config_from.with_config(stacked_config(recipe, opened, config_from.config))
-    warnings = (*recipe_warnings(recipe), *agreement.warnings)
+    remarks = dict.fromkeys(remark for checkpoint in opened.values() for remark in checkpoint.remarks)
+    warnings = (*recipe_warnings(recipe), *remarks, *agreement.warnings)
     if agreement.tied_head and config_from.config:
         config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
     files = _open_statistics(jobs)
@@ -208,7 +209,7 @@ def _placed(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> TensorJo
 
 def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
     keeps = not info.dtype.is_floating_point or recipe.output_dtype is None
-    return info.dtype if keeps else parse_dtype(str(recipe.output_dtype))
+    return info.stored_dtype or info.dtype if keeps else parse_dtype(str(recipe.output_dtype))
 
 
 def _file_parameters(job: TensorJob) -> dict[str, tuple[str, ...]]:
@@ -263,16 +264,18 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Ch
     opened: dict[str, Checkpoint] = {}
     for reference in recipe.references():
         known = by_path.get(os.path.normpath(reference))
-        opened[reference] = known if known is not None else _open(reference, recipe)
+        # The folder of a LoRA adapter stands on the recipe's base; what it names itself may lie elsewhere by now.
+        under = None if recipe.base_model is None else opened.get(recipe.base_model)
+        opened[reference] = known if known is not None else _open(reference, recipe, under)
         if not opened[reference].tensors:
             raise InputError("the checkpoint has no tensors", where=reference, remedy="Give a checkpoint with weights.")
     return opened
 
 
-def _open(reference: str, recipe: Recipe) -> Checkpoint:
+def _open(reference: str, recipe: Recipe, base: Checkpoint | None) -> Checkpoint:
     entry = next((entry for entry in recipe.entries() if entry.average and entry.reference == reference), None)
     if entry is None or entry.average is None:
-        return open_checkpoint(reference)
+        return open_checkpoint(reference, base=base)
     members: list[Path] = [Path(path) for path in entry.average.checkpoints or run_checkpoints(Path(entry.model))]
     window = entry.average.window
     if len(members) < max(2, window or 0):
@@ -282,7 +285,7 @@ def _open(reference: str, recipe: Recipe) -> Checkpoint:
             remedy="Give the folder of a run (checkpoint-STEP/ in it) or a list, and a window that fits it.",
         )
     weights = mean_weights(len(members), window=window, decay=entry.average.decay)
-    return AveragedCheckpoint(reference, [open_checkpoint(str(member)) for member in members], weights)
+    return AveragedCheckpoint(reference, [open_checkpoint(str(member), base=base) for member in members], weights)
 
 
 def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:

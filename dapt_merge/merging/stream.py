@@ -91,7 +91,10 @@ def _output_fingerprint(outcomes: list[TensorOutcome]) -> str:
 def _refuse_input_as_output(plan: MergePlan, out: Path) -> None:
     target = out.resolve()
     for reference, checkpoint in plan.checkpoints.items():
-        if checkpoint.folder is not None and checkpoint.folder.resolve().is_relative_to(target):
+        folders = {info.file.parent for info in checkpoint.tensors.values() if info.file is not None}
+        if checkpoint.folder is not None:
+            folders.add(checkpoint.folder)
+        if any(folder.resolve().is_relative_to(target) for folder in folders):
             raise InputError(
                 f"the output would replace its own input '{reference}'",
                 where=out,

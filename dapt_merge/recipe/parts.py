@@ -83,8 +83,6 @@ def check_structure(recipe: Recipe) -> None:
             where="models",
             remedy="Add 'models:' with a list of checkpoints (or 'slices:' with ranges of their layers).",
         )
-    if recipe.base_model is not None:
-        _refuse_adapter(recipe.base_model, "base_model")
     if recipe.slices is None:
         _check_models(recipe)
     for index, part in enumerate(recipe.slices or ()):
@@ -119,7 +117,6 @@ def check_additions(recipe: Recipe) -> None:
                 remedy="Merge whole models first, and stack the result in a second recipe.",
             )
     if recipe.target is not None:
-        _refuse_adapter(recipe.target, "target")
         if compile_parts(recipe)[0].base is None:
             raise InputError(
                 f"a target needs differences from a base to add, and this {recipe.merge_method} has no base",
@@ -189,7 +186,6 @@ def _slice(recipe: Recipe, definition: Slice, where: str, shared: Clauses) -> Pa
 
 def _check_models(recipe: Recipe) -> None:
     for index, entry in enumerate(recipe.models):
-        _refuse_adapter(entry.model, f"models.{index}.model")
         if any(same_model(entry.reference, earlier.reference) for earlier in recipe.models[:index]):
             raise InputError(
                 f"the model '{entry.reference}' is listed twice",
@@ -206,7 +202,6 @@ def _check_models(recipe: Recipe) -> None:
 
 def _check_slice(recipe: Recipe, definition: Slice, where: str) -> None:
     for index, source in enumerate(definition.sources):
-        _refuse_adapter(source.model, f"{where}.sources.{index}.model")
         first, end = source.layer_range
         wanted = definition.sources[0].layer_range[1] - definition.sources[0].layer_range[0]
         if end - first != wanted:
@@ -217,7 +212,6 @@ def _check_slice(recipe: Recipe, definition: Slice, where: str) -> None:
             )
     if definition.base_model is None:
         return
-    _refuse_adapter(definition.base_model, f"{where}.base_model")
     averaged = recipe.method.base == "unused" or recipe.method.name == "linear"
     if averaged or not any(same_model(source.model, definition.base_model) for source in definition.sources):
         raise InputError(
@@ -236,15 +230,6 @@ def _check_count(method: Method, count: int, where: str) -> None:
             f"{method.name} merges {wanted} model(s) besides the base, and the recipe names {count}",
             where=where,
             remedy="Change the list of models, or choose another merge_method.",
-        )
-
-
-def _refuse_adapter(reference: str, where: str) -> None:
-    if "+" in reference and not os.path.exists(reference):
-        raise InputError(
-            f"'{reference}' names a model with a LoRA adapter, which is not supported yet",
-            where=where,
-            remedy="Merge the adapter into a full model first (peft: merge_and_unload, then save_pretrained).",
         )
 
 

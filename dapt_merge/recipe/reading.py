@@ -246,6 +246,9 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
         if os.path.exists(expanded) or os.path.isabs(expanded):
             return expanded
         beside = folder / expanded
+        if not beside.exists() and "+" in reference:  # model+adapter
+            model, _, adapter = reference.rpartition("+")
+            return f"{located(model)}+{located(adapter)}"
         return os.path.normpath(beside) if beside.exists() else reference
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):

@@ -240,12 +240,6 @@ def test_shards_without_their_index_are_refused(tmp_path):
     refused(folder, saying="model-00001-of-00002", remedy="index")
 
 
-def test_a_lora_adapter_is_refused_even_beside_weights(tmp_path):
-    folder = save_folder(tmp_path / "m", WEIGHTS)
-    (folder / "adapter_config.json").write_text("{}")
-    refused(folder, saying="LoRA", remedy="Merge it into a full model first")
-
-
 def test_quantised_checkpoints_are_refused(tmp_path):
     refused(save_folder(tmp_path / "m", WEIGHTS, {"quantization_config": {"bits": 4}}), saying="quantised")
     eight_bit = {"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}

@@ -64,7 +64,6 @@ class TestTarget:
         [
             ({"base_model": None, "merge_method": "linear", "target": "t"}, "has no base"),
             ({"target": "B"}, "the target is the base"),
-            ({"target": "x+lora"}, "LoRA"),
             ({"target": 3}, "a text is expected"),
         ],
     )

@@ -125,7 +125,6 @@ class TestRefusals:
             ({"merge_method": "passthrough", "slices": [{}]}, "'sources' is missing", "slices.0.sources"),
             ({"merge_method": "passthrough", "slices": [{"sources": []}]}, "at least 1", "slices.0.sources"),
             (passthrough(("a", (0, 1)), merge_method="slerp"), "needs a base in every slice", "slices.0.sources"),
-            (passthrough(("a+x", (0, 1))), "LoRA", "slices.0.sources.0.model"),
         ],
     )
     def test_a_bad_structure_is_told_with_its_place(self, content, what, where):

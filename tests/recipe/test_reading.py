@@ -125,7 +125,6 @@ class TestKeys:
             ("models:\n  - model: b\n  - model: d\n", "", "'models' is missing", "models"),
             ("- model: d", "- model: d\n  - model: ./d/", "listed twice", "models.2.model"),
             ("- model: d", "- model: d\n  - model: e", "merges 1 model(s) besides the base", "models"),
-            ("- model: d", "- model: d+adapter", "LoRA", "models.1.model"),
             ("- model: d", "- model: d\n    weight: 1", "unknown key 'weight'", "models.1.weight"),
             (
                 "- model: d",
