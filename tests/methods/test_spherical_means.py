@@ -84,7 +84,8 @@ def test_multislerp_against_mergekit(seed, shape, weights, normalize, with_base)
     mean = sum(w * v / np.linalg.norm(v) for w, v in zip(weights, vectors, strict=True)) / sum(weights)
     scale = torch.full(shape, float(max(tensor.abs().max() for tensor in (*tensors, reference))))
     merged = merge("multislerp", base if with_base else None, models, weight=weights, normalize_weights=normalize)
-    assert_close(merged, reference, [scale], relative=1e-6 * max(1.0, 1 / np.linalg.norm(mean) ** 2))
+    # Theirs adds and divides in float32 throughout, and is itself 1e-6 from float64 where ours is 1e-7.
+    assert_close(merged, reference, [scale], relative=3e-6 * max(1.0, 1 / np.linalg.norm(mean) ** 2))
 
 
 @settings(max_examples=40)
