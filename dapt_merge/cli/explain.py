@@ -1,0 +1,159 @@
+"""`dapt-merge explain`: what a recipe would do and cost, from the headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dapt_merge.merging.cost import Cost
+    from dapt_merge.merging.explanation import ExplainedTensors
+    from dapt_merge.merging.plan import MergePlan
+
+
+def explain(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of it, such as t=0.3.")
+    ] = None,
+    all_tensors: Annotated[bool, typer.Option("--all", help="A line for each tensor.")] = False,
+    throughput: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9, help="GB read and written in a second, for the time.", show_default="measured, in memory"
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Tensors merged at once.", show_default="the CPUs there are")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Say what a recipe would do to every tensor, what has no effect, and what it would cost. Reads no weights.
+
+    dapt-merge explain recipes/ties.yaml density=0.3
+    """
+    from dapt_merge.cli.console import console, output, print_json
+    from dapt_merge.merging.cost import estimate_cost
+    from dapt_merge.merging.explanation import explain as explain_plan
+    from dapt_merge.merging.plan import plan_merge
+    from dapt_merge.recipe import load_recipe
+
+    plan = plan_merge(load_recipe(recipe, overrides or []))
+    lines = explain_plan(plan)
+    given = None if throughput is None else throughput * 1e9
+    cost = estimate_cost(plan, threads=threads, bytes_per_second=given)
+    if json:
+        print_json(_as_json(plan, lines, cost))
+        return
+    common = _common(lines)
+    for line in _heading(plan, common):
+        output.print(line, soft_wrap=True, markup=False)
+    if all_tensors:
+        settings = {name: line for line in lines for name in line.names}
+        for job in plan.jobs:
+            output.print(f"{job.name}: {_settings(settings[job.name], ())}", soft_wrap=True, markup=False)
+    else:
+        output.print(_table(lines, list(common)))
+    for line in _cost_lines(cost):
+        output.print(line, soft_wrap=True, markup=False)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _as_json(plan: MergePlan, lines: list[ExplainedTensors], cost: Cost) -> dict[str, Any]:
+    return {
+        "method": plan.recipe.merge_method,
+        "reference": plan.recipe.method.reference,
+        "inputs": list(plan.checkpoints),
+        "tensors": len(plan.jobs),
+        "elements": sum(job.elements for job in plan.jobs),
+        "warnings": list(plan.warnings),
+        "lines": [line.to_dict() for line in lines],
+        "cost": cost.to_dict(),
+    }
+
+
+def _common(lines: list[ExplainedTensors]) -> dict[str, object]:
+    """The settings that all of several lines share: said once above the table, they leave it readable."""
+    first, *rest = lines
+    shared = {name: value for name, value in first.settings.items() if all(o.settings.get(name) == value for o in rest)}
+    return shared if rest else {}
+
+
+def _heading(plan: MergePlan, common: dict[str, object]) -> list[str]:
+    """What goes in: the method, and the checkpoints in the order of the values of a per-model parameter."""
+    method = plan.recipe.method
+    lines = [f"{method.name} ({method.reference})"]
+    inputs = {(job.base, job.models, job.target): None for job in plan.jobs}
+    for base, models, target in inputs:
+        roles = [f"base {base}"] if base is not None else []
+        roles += [f"models {', '.join(models)}"] + ([f"added to {target}"] if target is not None else [])
+        lines.append(", ".join(roles))
+    return [*lines, f"throughout: {_in_words(common)}"] if common else lines
+
+
+def _table(lines: list[ExplainedTensors], common: Collection[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("which", overflow="fold")
+    table.add_column("settings", overflow="fold")
+    for line in lines:
+        table.add_row(f"{len(line.names):,}", _escaped(line.where), _escaped(_settings(line, common)))
+    return table
+
+
+def _settings(line: ExplainedTensors, common: Collection[str]) -> str:
+    """The values in words, without those that are common; then the output's dtype, and of what it is a copy."""
+    own = _in_words({name: value for name, value in line.settings.items() if name not in common})
+    copied = "" if line.copied_from is None else f"; a copy of {line.copied_from}"
+    return f"{own + ' ' if own else ''}→ {line.out_dtype}{copied}"
+
+
+def _in_words(settings: Mapping[str, object]) -> str:
+    """Write name and value; those of several models are separated by slashes, in the order of the heading."""
+    return ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return "/".join(_value(single) for single in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _cost_lines(cost: Cost) -> list[str]:
+    in_threads = f"{cost.threads} thread{'s' if cost.threads > 1 else ''}"
+    lines = [
+        f"reads {_bytes(cost.bytes_read)}, writes {_bytes(cost.bytes_written)} (as much free disk is needed)",
+        f"memory: about {_bytes(cost.memory_bytes)} in {in_threads}, beside the page cache",
+    ]
+    if cost.bytes_per_second is None or cost.seconds is None:
+        return [*lines, "time: not estimated; this method cannot be tried on made-up tensors, give --throughput"]
+    source = f"measured here in memory, in {in_threads}; a slower disk sets the time" if cost.measured else "as given"
+    bound = "at least " if cost.grows and cost.measured else "about "
+    return [*lines, f"time: {bound}{_duration(cost.seconds)} at {_bytes(cost.bytes_per_second)}/s ({source})"]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

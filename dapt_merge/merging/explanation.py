@@ -1,0 +1,181 @@
+"""What a merge would do, told before any weight is read: settings tensor by tensor, warnings, bytes.
+
+The idea: tensors that are merged alike are one line, named by their groups and layers, so that a recipe for hundreds of
+tensors reads in a few lines and whatever a filter or a gradient singles out stands alone. What it costs, `cost` says;
+how it is shown, this module does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dapt_merge.checkpoints.dtypes import dtype_name
+from dapt_merge.checkpoints.groups import GROUPS, tensor_group, with_layer
+from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.methods.contract import Source, TensorContext, Values
+
+
+@dataclass(frozen=True)
+class ExplainedTensors:
+    """Tensors that are merged alike.
+
+    Attributes:
+        names: of the tensors, in the order of the model.
+        where: the same in words: groups and layers.
+        method: the method's name.
+        base: the checkpoint that is θ₀, or None.
+        models: θ₁…θₙ.
+        target: the checkpoint that the merged difference is added to, or None for the base itself.
+        settings: every parameter's value where these tensors stand; a tuple has one for each of `models`.
+        out_dtype: the dtype that they are written in.
+        copied_from: the checkpoint that the result equals bit for bit, where the settings make it one; else None.
+    """
+
+    names: tuple[str, ...]
+    where: str
+    method: str
+    base: str | None
+    models: tuple[str, ...]
+    target: str | None
+    settings: Mapping[str, object]
+    out_dtype: str
+    copied_from: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the line as JSON-ready data."""
+        return {
+            "tensors": len(self.names),
+            "where": self.where,
+            "method": self.method,
+            "base": self.base,
+            "models": list(self.models),
+            "target": self.target,
+            "parameters": dict(self.settings),
+            "out_dtype": self.out_dtype,
+            "copied_from": self.copied_from,
+            "names": list(self.names),
+        }
+
+
+def explain(plan: MergePlan) -> list[ExplainedTensors]:
+    """Return the plan's tensors, those that are merged alike together, in the order in which they first occur.
+
+    Example:
+        >>> import torch
+        >>> from dapt_merge import open_checkpoint, plan_merge, make_recipe
+        >>> given = {name: open_checkpoint({"a": torch.ones(2), "b": torch.ones(2)}) for name in ("base", "dapt")}
+        >>> plan = plan_merge(make_recipe("base", ["dapt"], "linear", weight=0.25), given)
+        >>> [(line.where, line.settings["weight"]) for line in explain(plan)]
+        [('all tensors', (0.25,))]
+    """
+    alike: dict[object, list[TensorJob]] = {}
+    for job in plan.jobs:
+        alike.setdefault(_kind_of_merge(job), []).append(job)
+    everything = [job.name for job in plan.jobs]
+    return [_explained(jobs, everything) for jobs in alike.values()]
+
+
+def describe(names: Sequence[str], everything: Sequence[str]) -> str:
+    """Say in words which of all tensors these are: by group and layers, and by name where a group is not complete.
+
+    Example:
+        >>> names = [f"model.layers.{n}.{end}.weight" for n in range(3) for end in ("mlp.up_proj", "self_attn.q_proj")]
+        >>> describe([name for name in names if "mlp" in name], [*names, "lm_head.weight"])
+        'mlp of layers 0–2'
+    """
+    if len(names) == len(everything):
+        return "all tensors"
+    complete = _layers_by_stem(everything)
+    by_layers: dict[tuple[str | None, frozenset[int | None]], list[str]] = {}
+    for (stack, stem), found_in in _layers_by_stem(names).items():
+        by_layers.setdefault((stack, frozenset(found_in)), []).append(stem)
+    parts = []
+    for (stack, layers), stems in by_layers.items():
+        inside = None not in layers
+        rivals = {s for (other, s), found in complete.items() if other == stack and (None not in found) == inside}
+        what = _named(stems, rivals)
+        parts.append(f"{what} of {_layers(stack, layers)}" if inside else f"{what} outside the layers")
+    return "; ".join(parts)
+
+
+def _kind_of_merge(job: TensorJob) -> object:
+    settings = tuple((name, value) for name, value in _settings(job).items())
+    return settings, job.parameters.method.name, job.base, job.models, job.target, job.out_dtype
+
+
+def _settings(job: TensorJob) -> Values:
+    """The values that the method works with: filled in, and settled for the tensor's layer."""
+    method = job.parameters.method
+    values = method.complete(job.parameters.values, len(job.models), f"tensor {job.name}")
+    if method.placed is None:
+        return values
+    return method.placed(values, TensorContext(job.name, layer=job.layer, num_layers=job.num_layers))
+
+
+def _explained(jobs: Sequence[TensorJob], everything: Sequence[str]) -> ExplainedTensors:
+    first = jobs[0]
+    settings = _settings(first)
+    names = tuple(job.name for job in jobs)
+    return ExplainedTensors(
+        names=names,
+        where=describe(names, everything),
+        method=first.parameters.method.name,
+        base=first.base,
+        models=first.models,
+        target=first.target,
+        settings=settings,
+        out_dtype=dtype_name(first.out_dtype),
+        copied_from=_copied_from(first, settings),
+    )
+
+
+def _copied_from(job: TensorJob, settings: Values) -> str | None:
+    method = job.parameters.method
+    if method.copy_of is None:
+        return None
+    source: Source | None = method.copy_of(settings, len(job.models), job.base is not None)
+    if source is None:
+        return None
+    if job.target is not None:  # only a difference of nothing leaves it as it is
+        return job.target if source == "base" else None
+    return job.base if source == "base" else job.models[source]
+
+
+def _layers_by_stem(names: Iterable[str]) -> dict[tuple[str | None, str], list[int | None]]:
+    """Return (stack, name with its layer left open) → the layers that have it."""
+    found: dict[tuple[str | None, str], list[int | None]] = {}
+    for name in names:
+        group = tensor_group(name)
+        stem = name if group.layer is None else with_layer(name, 0)
+        found.setdefault((group.stack, stem), []).append(group.layer)
+    return found
+
+
+def _named(stems: Sequence[str], rivals: Iterable[str]) -> str:
+    """Name the groups that are here as a whole, then single tensors by the ends of their names."""
+    kinds: dict[str, set[str]] = {}
+    for stem in rivals:
+        kinds.setdefault(tensor_group(stem).kind, set()).add(stem)
+    whole = [kind for kind, members in kinds.items() if members <= set(stems)]
+    single = [stem for stem in stems if tensor_group(stem).kind not in whole]
+    return ", ".join([*(kind for kind in (*GROUPS, "other") if kind in whole), *(_short(stem) for stem in single)])
+
+
+def _short(stem: str) -> str:
+    end = stem.rpartition(".0.")[2] if tensor_group(stem).layer is not None else stem
+    return end.removesuffix(".weight")
+
+
+def _layers(stack: str | None, layers: frozenset[int | None]) -> str:
+    """Write layer numbers as ranges."""
+    numbers = sorted(layer for layer in layers if layer is not None)
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
+    return f"{stack + ' ' if stack else ''}layer{'s' if len(numbers) > 1 else ''} {text}"

@@ -1,0 +1,139 @@
+"""What a merge would do and cost, told from headers: every tensor's settings, its end points, bytes, memory, time."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from merging_models import CONFIG
+
+from dapt_merge import load_recipe, make_recipe, open_checkpoint, plan_merge
+from dapt_merge.merging.cost import estimate_cost
+from dapt_merge.merging.explanation import describe, explain
+
+LAYERS = 4
+STEMS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
+NAMES = [
+    "model.embed_tokens.weight",
+    *(f"model.layers.{layer}.{stem}" for layer in range(LAYERS) for stem in STEMS),
+    "model.norm.weight",
+    "lm_head.weight",
+]
+
+
+def planned(models, method="task_arithmetic", dapt=("one",), **parameters):
+    return plan_merge(make_recipe(str(models["base"]), [str(models[name]) for name in dapt], method, **parameters))
+
+
+def from_yaml(models, **keys):
+    recipe = {"base_model": str(models["base"]), "models": [{"model": str(models["one"])}], **keys}
+    return plan_merge(load_recipe(recipe))
+
+
+def test_tensors_that_are_merged_alike_are_one_line(models):
+    (line,) = explain(planned(models, weight=0.3))
+    assert line.where == "all tensors"
+    assert line.settings["weight"] == (0.3,)
+    assert len(line.names) == len(open_checkpoint(models["base"]).tensors)
+    assert line.out_dtype == "float32"
+
+
+def test_a_gradient_gives_each_layer_its_line_and_a_filter_its_own(models):
+    t = [{"filter": "self_attn", "value": [0, 1]}, {"value": 0.5}]
+    lines = explain(from_yaml(models, merge_method="slerp", parameters={"t": t}))
+    found = {line.where: line.settings["t"] for line in lines}
+    layers = CONFIG["num_hidden_layers"]
+    assert found["attention of layer 0"] == 0
+    assert found[f"attention of layer {layers - 1}"] == 1
+    assert sum(len(line.names) for line in lines) == len(open_checkpoint(models["base"]).tensors)
+    (rest,) = [line for line in lines if line.settings["t"] == 0.5]
+    assert "mlp, norm of layers" in rest.where
+    assert "embedding" in rest.where
+
+
+def test_exact_end_points_are_named(models):
+    weight = [{"filter": "mlp", "value": 0}, {"filter": "self_attn", "value": 1}, {"value": 0.5}]
+    lines = explain(from_yaml(models, merge_method="task_arithmetic", parameters={"weight": weight}))
+    copied = {line.settings["weight"]: line.copied_from for line in lines}
+    assert copied == {(0.0,): str(models["base"]), (1.0,): str(models["one"]), (0.5,): None}
+
+
+def test_a_scale_by_depth_is_shown_as_what_it_comes_to(models):
+    lines = explain(planned(models, "lines", weight=1.0, alpha=0.25, beta=0.5))
+    scales = [line.settings["lambda"] for line in lines]
+    assert min(scales) == 0.25
+    assert max(scales) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("picked", "words"),
+    [
+        (lambda n: "mlp" in n, "mlp of layers 0–3"),
+        (lambda n: "mlp" in n and ".2." not in n, "mlp of layers 0–1, 3"),
+        (lambda n: "q_proj" in n, "self_attn.q_proj of layers 0–3"),
+        (lambda n: ".1." in n, "attention, mlp, norm of layer 1"),
+        (lambda n: n == "lm_head.weight", "head outside the layers"),
+        (lambda n: "norm" in n, "norm of layers 0–3; norm outside the layers"),
+        (lambda n: True, "all tensors"),
+    ],
+)
+def test_tensors_are_described_by_group_and_layers(picked, words):
+    assert describe([name for name in NAMES if picked(name)], NAMES) == words
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1), st.sets(st.sampled_from(NAMES), min_size=1))
+def test_different_sets_of_tensors_have_different_descriptions(one, other):
+    def words(names):
+        return describe([name for name in NAMES if name in names], NAMES)
+
+    assert (words(one) == words(other)) == (one == other)
+
+
+def test_the_lines_are_json(models):
+    lines = explain(planned(models, dapt=["one", "two"], weight=[0.3, 0.5]))
+    assert json.loads(json.dumps([line.to_dict() for line in lines]))[0]["parameters"]["weight"] == [0.3, 0.5]
+
+
+def test_bytes_are_those_that_the_merge_reports(models, tmp_path):
+    from dapt_merge import merge_to_disk
+
+    plan = planned(models, "ties", ["one", "two"], weight=0.3, out_dtype="bfloat16")
+    cost = estimate_cost(plan, bytes_per_second=1e9)
+    report = merge_to_disk(plan, tmp_path / "out")
+    assert (cost.bytes_read, cost.bytes_written) == (report.bytes_read, report.bytes_written)
+    assert cost.seconds == pytest.approx((report.bytes_read + report.bytes_written) / 1e9)
+
+
+def test_a_threshold_over_the_whole_model_reads_the_inputs_more_often(models):
+    once, often = (
+        estimate_cost(planned(models, "ties", weight=0.3, density=0.5, trim_scope=scope), bytes_per_second=1e9)
+        for scope in ("tensor", "model")
+    )
+    assert often.bytes_read == 4 * once.bytes_read
+
+
+def test_memory_follows_the_tensors_in_flight_and_not_the_size_of_the_model():
+    def memory(layers, threads, **keys):
+        tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.empty(1 << 20).expand(64, -1) for n in range(layers)}
+        opened = {name: open_checkpoint(tensors) for name in ("base", "dapt")}
+        recipe = make_recipe("base", ["dapt"], "linear", weight=0.5, **keys)
+        return estimate_cost(plan_merge(recipe, opened), threads=threads, bytes_per_second=1e9).memory_bytes
+
+    assert memory(8, 2) == memory(80, 2)
+    assert memory(8, 2) == memory(8, 16), "at most twice the largest tensor is in flight"
+    assert memory(8, 1) < memory(8, 2)
+    assert memory(8, 2) < memory(8, 2, out_dtype="bfloat16")
+
+
+def test_a_throughput_that_is_not_given_is_measured_with_the_methods_own_arithmetic(models):
+    for method in ("slerp", "ties"):
+        cost = estimate_cost(planned(models, method, weight=0.3), threads=1)
+        assert cost.measured
+        assert cost.bytes_per_second > 0
+        assert cost.seconds > 0
+
+
+def test_whole_model_trimming_can_be_tried_too(models):
+    plan = planned(models, "ties", weight=0.3, density=0.5, trim_scope="model")
+    assert estimate_cost(plan, threads=1).bytes_per_second > 0
