@@ -45,7 +45,9 @@ def read_header(file: Path, handle: Any) -> list[TensorInfo]:
             raise InputError(
                 f"tensor '{name}' is stored as {stored.get_dtype()}, which cannot be merged",
                 where=file,
-                remedy="Use the checkpoint in float32, bfloat16 or float16.",
+                remedy="Use the checkpoint in float32, bfloat16 or float16; one in float8 is turned into bfloat16 by "
+                "transformers: from_pretrained(folder, dtype='bfloat16', "
+                "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(other_folder).",
             )
         shape = tuple(stored.get_shape())
         infos.append(TensorInfo(name, dtype, shape, math.prod(shape) * dtype.itemsize, file))

@@ -73,6 +73,8 @@ def _open_path(source: str | Path, label: str, base: Checkpoint | None) -> Check
         return _open_adapter(path, label, base) if is_adapter_folder(path) else _open_folder(path, label)
     if path.suffix in PICKLES:
         raise _pickle_refused(path, path.parent)
+    if path.suffix == ".gguf":
+        raise _gguf_refused(path)
     if path.suffix != ".safetensors":
         raise InputError(
             "not a safetensors file", where=path, remedy="Give a Hugging Face model folder, or a .safetensors file."
@@ -262,6 +264,9 @@ def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str
 def _no_weights(folder: Path) -> InputError:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES and path.name != "training_args.bin")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not others and not pickles:
+        return _gguf_refused(gguf[0])
     if pickles and not others:
         return _pickle_refused(pickles[0], folder)
     if others:
@@ -271,6 +276,18 @@ def _no_weights(folder: Path) -> InputError:
             remedy=f"Copy {INDEX_FILE} beside the shards, or give the .safetensors file itself.",
         )
     return InputError("the folder holds no safetensors weights", where=folder, remedy=_remedy_for_missing(folder))
+
+
+def _gguf_refused(file: Path) -> InputError:
+    return InputError(
+        "the weights are in GGUF, whose blocks are quantised and named for another program",
+        where=file,
+        remedy="Dequantise it once with transformers, weights and tokenizer: "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"a = dict(gguf_file='{file.name}'); [k.from_pretrained('{file.parent}', **a)"
+        f".save_pretrained('{file.parent}-safetensors') for k in (M, T)]\". "
+        "A file of 8 bits or fewer stays as coarse as it was.",
+    )
 
 
 def _pickle_refused(file: Path, folder: Path) -> InputError:
