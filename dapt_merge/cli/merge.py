@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from dapt_merge.merging.report import MergeReport
+    from dapt_merge.merging.verification import Verification
     from dapt_merge.recipe import Recipe
 
 
@@ -19,7 +20,7 @@ def merge(
         help="A recipe file, then overrides such as t=0.3.",
         show_default=False,
     ),
-    out: Path = typer.Option(..., "--out", "-o", help="The folder to write the merged model to.", show_default=False),
+    out: Path = typer.Option(None, "--out", "-o", help="The folder to write the merged model to.", show_default=False),
     base: str = typer.Option(None, help="Instead of a recipe: the base model (folder or hub id)."),
     dapt: list[str] = typer.Option(None, help="With --base: a DAPT checkpoint; repeat for more.", show_default=False),
     method: str = typer.Option(None, help="With --base: linear, slerp, ties, …"),
@@ -38,6 +39,12 @@ def merge(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
     threads: int = typer.Option(None, min=1, help="Tensors merged at once.", show_default="the CPUs there are"),
+    verify: Path = typer.Option(
+        None,
+        metavar="OUT",
+        help="Write nothing: recompute OUT from its report and compare bit for bit. INPUT=PATH for inputs that moved.",
+        show_default=False,
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the merge report as JSON on stdout."),
 ) -> None:
     """Merge a base model and its DAPT checkpoints into an ordinary checkpoint.
@@ -45,10 +52,18 @@ def merge(
     dapt-merge merge RECIPE.yaml -o OUT t=0.3
 
     dapt-merge merge --base BASE --dapt DAPT --method ties --weight 0.6 --density 0.3 -o OUT lambda=0.9
+
+    dapt-merge merge --verify OUT
     """
     from dapt_merge.atomic import refuse_existing
     from dapt_merge.cli.console import console, output, print_json, progress
 
+    if verify is not None:
+        others = {"--out": out, "--base": base, "--dapt": dapt, "--method": method, "--overwrite": overwrite}
+        _verify(verify, arguments or [], [name for name, value in others.items() if value], threads, as_json)
+        return
+    if out is None:
+        _refuse_without_output()
     recipe = _recipe(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
     if _checked_engine(engine, threads) == "mergekit":
@@ -159,6 +174,48 @@ def _merged(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def _is_file_name(argument: str) -> bool:
     return "=" not in argument or Path(argument).is_file()
+
+
+def _refuse_without_output() -> None:
+    from dapt_merge.errors import InputError
+
+    raise InputError("no output was given", where="arguments", remedy="Add -o FOLDER for the merged model.")
+
+
+def _verify(out: Path, located: list[str], others: list[str], threads: int | None, as_json: bool) -> None:
+    """Exit with 0 when a recomputation gives the same bits, with 1 when it does not."""
+    from dapt_merge.cli.console import output, print_json, progress
+    from dapt_merge.errors import InputError
+    from dapt_merge.merging.verification import verify_merge
+
+    wrong = [argument for argument in located if "=" not in argument]
+    if others or wrong:
+        raise InputError(
+            f"{', '.join([*others, *wrong])} cannot be combined with --verify",
+            where="arguments",
+            remedy="The recipe is read from the output's own report; give only INPUT=PATH for inputs that moved.",
+        )
+    places = dict(argument.partition("=")[::2] for argument in located)
+    with progress("verifying", "elements") as on_progress:
+        found = verify_merge(out, located=places, threads=threads, on_progress=on_progress)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for line in _verdict(found, out):
+            output.print(_escaped(line), soft_wrap=True)
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def _verdict(found: Verification, out: Path) -> list[str]:
+    if found.same:
+        return [f"{out}: {found.tensors:,} tensors, the same bit for bit"]
+    lines = [f"{out}: {len(found.differing):,} tensors differ from what was computed again, of {found.tensors:,}"]
+    lines += [f"{name}: {fault}" for name, fault in found.differing.items()]
+    if found.changed_afterwards:
+        return [*lines, "The stored tensors are not those that the merge wrote: they were changed afterwards."]
+    lines.append("The stored tensors are those that the merge wrote: it is this machine that computes otherwise.")
+    return lines + [f"{name} was {then} and is {now}" for name, (then, now) in found.other_versions.items()]
 
 
 def _summary(report: MergeReport, out: Path) -> list[str]:

@@ -5,6 +5,7 @@ The report is plain data; it decides nothing and prints nothing.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ class MergeReport:
         recipe: the recipe as YAML.
         fingerprint: of recipe and inputs: equal fingerprints give equal weights.
         inputs: reference → content fingerprint.
+        working_folder: where the relative paths of the recipe start from.
         output: content fingerprint of the merged tensors; None when they went into a live model.
         tensors: how many were merged.
         fallbacks: how many of them a method merged in another way than its own (SLERP of near-parallel tensors).
@@ -58,6 +60,7 @@ class MergeReport:
     recipe: str
     fingerprint: str
     inputs: dict[str, str]
+    working_folder: str
     output: str | None
     tensors: int
     fallbacks: int
@@ -86,6 +89,7 @@ def build_report(
         recipe=plan.recipe.to_yaml(),
         fingerprint=recipe_fingerprint(plan.recipe, inputs),
         inputs=inputs,
+        working_folder=os.getcwd(),
         output=output,
         tensors=len(outcomes),
         fallbacks=sum("fallback" in outcome.notes for outcome in outcomes),
