@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from dapt_merge.merging.report import MergeReport
     from dapt_merge.merging.verification import Verification
-    from dapt_merge.recipe import Recipe
+    from dapt_merge.recipe import NamedRecipe, Recipe
 
 
 def merge(
@@ -49,6 +50,8 @@ def merge(
 ) -> None:
     """Merge a base model and its DAPT checkpoints into an ordinary checkpoint.
 
+    A file with several recipes (YAML documents, each with a name: that others use as a model) is merged in order.
+
     dapt-merge merge RECIPE.yaml -o OUT t=0.3
 
     dapt-merge merge --base BASE --dapt DAPT --method ties --weight 0.6 --density 0.3 -o OUT lambda=0.9
@@ -64,21 +67,27 @@ def merge(
         return
     if out is None:
         _refuse_without_output()
-    recipe = _recipe(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
+    chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
-    if _checked_engine(engine, threads) == "mergekit":
-        _by_mergekit(recipe, out, overwrite, as_json)
+    if _checked_engine(engine, threads, len(chain)) == "mergekit":
+        _by_mergekit(chain[0].recipe, out, overwrite, as_json)
         return
 
-    from dapt_merge.merging import merge_to_disk, plan_merge
+    from dapt_merge.merging.chain import merge_chain
 
-    plan = plan_merge(recipe)
-    for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {_escaped(warning)}", soft_wrap=True)
+    shown: list[str] = []
+
+    def tell(warnings: Iterable[str], name: str | None) -> None:
+        for warning in warnings:
+            if warning not in shown:
+                shown.append(warning)
+                whose = "" if name is None else f"{name}: "
+                console.print(f"[yellow]warning:[/] {_escaped(whose + warning)}", soft_wrap=True)
+
     with progress("merging", "elements") as on_progress:
-        report = merge_to_disk(plan, out, overwrite=overwrite, threads=threads, on_progress=on_progress)
-    for warning in report.warnings[len(plan.warnings) :]:  # what only the finished merge can tell
-        console.print(f"[yellow]warning:[/] {_escaped(warning)}", soft_wrap=True)
+        report = merge_chain(
+            chain, out, overwrite=overwrite, threads=threads, on_warnings=tell, on_progress=on_progress
+        )
     if as_json:
         print_json(report.to_dict())
     else:
@@ -86,7 +95,7 @@ def merge(
             output.print(_escaped(line), soft_wrap=True)
 
 
-def _checked_engine(engine: str, threads: int | None) -> str:
+def _checked_engine(engine: str, threads: int | None, recipes: int) -> str:
     from dapt_merge.errors import InputError, nearest
 
     if engine not in ("native", "mergekit"):
@@ -94,6 +103,12 @@ def _checked_engine(engine: str, threads: int | None) -> str:
             f"there is no engine '{engine}'.{nearest(engine, ['native', 'mergekit'])}",
             where="--engine",
             remedy="Use native or mergekit.",
+        )
+    if engine == "mergekit" and recipes > 1:
+        raise InputError(
+            f"the file holds {recipes} recipes; with --engine mergekit one is run at a time",
+            where="--engine",
+            remedy="Use --engine native, or give each recipe a file of its own.",
         )
     if engine == "mergekit" and threads is not None:
         raise InputError(
@@ -116,9 +131,9 @@ def _by_mergekit(recipe: Recipe, out: Path, overwrite: bool, as_json: bool) -> N
         output.print(_escaped(f"{out}: written by mergekit; recipe: {out / 'recipe.yaml'}"), soft_wrap=True)
 
 
-def _recipe(
+def _recipes(
     arguments: list[str], base: str | None, dapt: list[str], method: str | None, flags: dict[str, Any]
-) -> Recipe:
+) -> list[NamedRecipe]:
     """Read the recipe file, or make the recipe that the flags describe; one of the two, never a mixture."""
     from dapt_merge.errors import InputError
 
@@ -136,18 +151,18 @@ def _recipe(
                 where="arguments",
                 remedy="Override the recipe with key=value instead, for example weight=0.6 or merge_method=ties.",
             )
-        from dapt_merge.recipe import load_recipe
+        from dapt_merge.recipe import load_recipes
 
-        return load_recipe(files[0], overrides)
+        return load_recipes(files[0], overrides)
     missing = [f"--{name}" for name, value in {"base": base, "dapt": dapt, "method": method}.items() if not value]
     if missing:
         what = "no recipe was given" if len(missing) == 3 else f"{', '.join(missing)} missing"
         raise InputError(what, where="arguments", remedy=remedy)
-    from dapt_merge.recipe import make_recipe
+    from dapt_merge.recipe import NamedRecipe, make_recipe
 
     assert base is not None
     assert method is not None
-    return make_recipe(base, dapt, method, **_merged(given, overrides))
+    return [NamedRecipe(None, make_recipe(base, dapt, method, **_merged(given, overrides)))]
 
 
 def _merged(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dapt_merge.checkpoints.companions import copy_companions
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
+from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
 from dapt_merge.merging.tensor import merge_tensor
@@ -34,6 +35,7 @@ def merge_to_disk(
     threads: int | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
+    recipe_text: str | None = None,
 ) -> MergeReport:
     """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
 
@@ -44,6 +46,7 @@ def merge_to_disk(
         threads: tensors merged at once (default: the CPUs that may be used). The bytes do not depend on it.
         shard_bytes: upper bound of a weight file.
         on_progress: called with (elements merged, elements in all).
+        recipe_text: what to keep as the output's `recipe.yaml` (default: the plan's recipe).
 
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
@@ -69,9 +72,10 @@ def merge_to_disk(
             inputs={reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()},
             seconds=time.monotonic() - started,
         )
-        (folder / RECIPE_FILE).write_text(report.recipe, encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(report, plan), encoding="utf-8")
     return report
 
 

@@ -9,6 +9,7 @@ keeps the rest of the weight on the base (WiSE-FT); arithmetic is always float32
 """
 
 from dapt_merge.recipe.advice import recipe_warnings
+from dapt_merge.recipe.chain import NamedRecipe, load_recipes
 from dapt_merge.recipe.fingerprint import recipe_fingerprint
 from dapt_merge.recipe.making import make_recipe
 from dapt_merge.recipe.reading import load_recipe
@@ -17,9 +18,11 @@ from dapt_merge.recipe.schema import ModelInput, Recipe
 
 __all__ = [
     "ModelInput",
+    "NamedRecipe",
     "Recipe",
     "ResolvedParameters",
     "load_recipe",
+    "load_recipes",
     "make_recipe",
     "recipe_fingerprint",
     "recipe_warnings",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import reprlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,48 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if isinstance(source, Mapping):
         return build_recipe(source, overrides, "recipe")
     path = Path(source)
-    content = _read_yaml(path)
-    if not isinstance(content, dict):
+    documents = read_documents(path)
+    if len(documents) > 1:
         raise InputError(
-            f"a recipe is a mapping of keys to values; this file holds {_kind(content)}",
+            f"this file holds {len(documents)} recipes, and one is expected here",
             where=path,
-            remedy="Start from one of the files in recipes/: it needs at least 'models' and 'merge_method'.",
+            remedy="Run it with 'dapt-merge merge', which merges them in order; or keep one recipe a file.",
         )
-    return build_recipe(content, overrides, str(path), folder=path.parent)
+    return build_recipe(documents[0], overrides, str(path), folder=path.parent)
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """Return the mappings that a YAML file holds, one for each of its documents; nothing in them is checked.
+
+    Raises:
+        InputError: the file cannot be read, is empty, not YAML, or a document is no mapping.
+    """
+    documents = _read_yaml(path)
+    for content in documents:
+        if not isinstance(content, dict):
+            raise InputError(
+                f"a recipe is a mapping of keys to values; this file holds {_kind(content)}",
+                where=path,
+                remedy="Start from one of the files in recipes/: it needs at least 'models' and 'merge_method'.",
+            )
+    return documents
 
 
 def build_recipe(
-    content: Mapping[str, Any], overrides: Sequence[str], origin: str, folder: Path | None = None
+    content: Mapping[str, Any],
+    overrides: Sequence[str],
+    origin: str,
+    folder: Path | None = None,
+    names: Collection[str] = (),
 ) -> Recipe:
-    """Apply overrides to a mapping and check it; faults are told as `origin: key`."""
+    """Apply overrides to a mapping and check it; faults are told as `origin: key`.
+
+    With a folder, model paths are looked up there too; `names` are references that are no paths.
+    """
     try:
         edited = apply_overrides(content, overrides)
         if folder is not None:
-            _locate_models(edited, folder)
+            _locate_models(edited, folder, names)
         _refuse_unsupported(edited)
         return Recipe.model_validate(edited)
     except ValidationError as error:
@@ -203,7 +227,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> list[Any]:
     remedy = "Give the path of a YAML recipe; recipes/ holds some to start from."
     try:
         if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
@@ -219,7 +243,7 @@ def _read_yaml(path: Path) -> Any:
         raise InputError(f"the recipe cannot be read ({error.strerror})", where=path, remedy=remedy) from None
     try:
         # Derives from SafeLoader: nothing but plain data can come out of it.
-        content = yaml.load(text, Loader=_StrictLoader)
+        documents = [content for content in yaml.load_all(text, Loader=_StrictLoader) if content is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -231,16 +255,16 @@ def _read_yaml(path: Path) -> Any:
         ) from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"this is not a recipe: {error}", where=path, remedy=remedy) from None
-    if content is None:
+    if not documents:
         raise InputError("the recipe is empty", where=path, remedy=remedy)
-    return content
+    return documents
 
 
-def _locate_models(content: MutableMapping[str, Any], folder: Path) -> None:
+def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Collection[str]) -> None:
     """Replace each path that does not exist from here, but does from the recipe's own folder."""
 
     def located(reference: Any) -> Any:
-        if not isinstance(reference, str) or not reference:
+        if not isinstance(reference, str) or not reference or reference in names:
             return reference
         expanded = os.path.expanduser(reference)
         if os.path.exists(expanded) or os.path.isabs(expanded):

@@ -1,0 +1,95 @@
+"""Recipes that use each other's outputs, carried out one after another; only the last output is kept.
+
+The others lie in a temporary folder beside it while they are needed. Each is an ordinary merge; the order is settled in
+`recipe.chain`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from dapt_merge.atomic import disk_errors_explained, refuse_existing
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.errors import InputError
+from dapt_merge.merging.plan import plan_merge
+from dapt_merge.merging.report import MergeReport
+from dapt_merge.merging.stream import merge_to_disk
+from dapt_merge.recipe import NamedRecipe
+
+
+def merge_chain(
+    chain: Sequence[NamedRecipe],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    on_warnings: Callable[[Iterable[str], str | None], None] = lambda warnings, name: None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Merge recipes in the order given, and write the last one's output as `out`.
+
+    Args:
+        chain: from `load_recipes`: each after those that it uses.
+        out: the folder to create. Its `recipe.yaml` holds all recipes; its report is the last one's, with the other
+            outputs among the inputs, by content.
+        overwrite: replace an existing output, once the new one is complete.
+        threads: see `merge_to_disk`.
+        on_warnings: called with (warnings, recipe's name) before and after each merge.
+        on_progress: called with (elements merged, elements in all) of the recipe at work.
+
+    Raises:
+        InputError: as `plan_merge` and `merge_to_disk`. Outputs on the way are removed in any case.
+    """
+    refuse_existing(out, overwrite)
+    made: dict[str, Checkpoint] = {}
+    steps: Path | None = None
+    try:
+        for number, step in enumerate(chain):
+            _refuse_averages_of_outputs(step, made)
+            plan = plan_merge(step.recipe, made)
+            on_warnings(plan.warnings, step.name)
+            is_last = number == len(chain) - 1
+            if not is_last and steps is None:
+                steps = _folder_beside(Path(out))
+            target = Path(out) if is_last or steps is None else steps / f"{number}"
+            report = merge_to_disk(
+                plan,
+                target,
+                overwrite=overwrite and is_last,
+                threads=threads,
+                on_progress=on_progress,
+                recipe_text=_all_recipes(chain) if is_last and len(chain) > 1 else None,
+            )
+            on_warnings(report.warnings, step.name)
+            if not is_last and step.name is not None:
+                made[step.name] = open_checkpoint(target, step.name)
+        return report
+    finally:
+        if steps is not None:
+            shutil.rmtree(steps, ignore_errors=True)
+
+
+def _folder_beside(out: Path) -> Path:
+    parent = out.resolve().parent
+    with disk_errors_explained(out):
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.steps-", dir=parent))
+
+
+def _all_recipes(chain: Sequence[NamedRecipe]) -> str:
+    return "---\n".join(("" if s.name is None else f"name: {s.name}\n") + s.recipe.to_yaml() for s in chain)
+
+
+def _refuse_averages_of_outputs(step: NamedRecipe, made: dict[str, Checkpoint]) -> None:
+    for entry in step.recipe.entries():
+        members = () if entry.average is None else entry.average.checkpoints or ()
+        if any(member in made for member in members):
+            raise InputError(
+                "an average takes checkpoints of a run, not the outputs of other recipes",
+                where=f"average of {entry.model}",
+                remedy="Use merge_method: linear with one weight for all.",
+            )
