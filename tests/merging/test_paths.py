@@ -193,7 +193,14 @@ def test_a_recipe_file_merges_and_seed_and_dtype_can_be_given_beside_it(models, 
 def test_the_output_carries_recipe_report_config_and_tokenizer(models, tmp_path):
     merge(models["base"], models["one"], "linear", weight=0.5, out_dtype="bfloat16").save(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "merge_report.json"}
+    assert names == {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "recipe.yaml",
+        "merge_report.json",
+        "README.md",
+    }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     again = merge(recipe=tmp_path / "out" / "recipe.yaml")
     assert again.save(tmp_path / "again").output == open_checkpoint(tmp_path / "out").fingerprint()

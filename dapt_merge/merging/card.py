@@ -1,0 +1,127 @@
+"""The model card beside a merge: its `README.md`, with the front matter that the Hugging Face hub reads.
+
+Everything in it stands in the report or was given; what is not known is left out or said to be unknown, so a licence,
+a language or a score is never guessed. What this module does not know: how scores come about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.hub import looks_like_hub_id
+from dapt_merge.merging.plan import MergePlan
+from dapt_merge.merging.report import MergeReport
+
+CARD_FILE = "README.md"
+_HUB_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/[0-9a-f]{40}$")
+
+
+@dataclass(frozen=True)
+class CardScore:
+    """One score of the merged model: on which suite and metric, its standard error, the gain over the base."""
+
+    suite: str
+    metric: str
+    score: float
+    standard_error: float | None
+    gain: float | None = None
+    unit: str = ""
+
+
+def model_card(
+    report: MergeReport, plan: MergePlan, *, scores: Sequence[CardScore] = (), scores_note: str | None = None
+) -> str:
+    """Return the card of a merge as Markdown.
+
+    Args:
+        report: of the merge.
+        plan: the merge's plan.
+        scores: what was measured of this very model; none are known when a merge is first written.
+        scores_note: what must be known to read the scores, for example that their items chose the merge.
+    """
+    parts = [
+        _front_matter(plan),
+        f"# Merge by {plan.recipe.merge_method}\n",
+        f"Written by dapt-merge {report.versions['dapt-merge']}; the whole account is in `merge_report.json`.\n",
+        f"## Recipe\n\n```yaml\n{report.recipe.rstrip()}\n```\n",
+        _section("Inputs", [f"- `{_code(name)}`: content `{found}`" for name, found in report.inputs.items()]),
+        _section("Result", _result(report, plan)),
+        _section("Warnings", [f"- {' '.join(warning.split())}" for warning in report.warnings] or ["None."]),
+        _scores(scores, scores_note),
+        "## Check\n\n`dapt-merge merge --verify FOLDER` recomputes the merge from its inputs and compares every bit.\n",
+        _section("Versions", [f"- {package} {version}" for package, version in report.versions.items()]),
+    ]
+    return "\n".join(parts)
+
+
+def hub_id(reference: str, checkpoint: Checkpoint) -> str | None:
+    """Return the hub id that a checkpoint was opened by, or None for what lies on the disk or in memory."""
+    found = None if checkpoint.folder is None else _HUB_SNAPSHOT.search(checkpoint.folder.as_posix())
+    if found is not None:
+        return f"{found['owner']}/{found['name']}"
+    is_local = checkpoint.folder is None or Path(reference).expanduser().exists()
+    return reference if looks_like_hub_id(reference) and not is_local else None
+
+
+def _front_matter(plan: MergePlan) -> str:
+    ids = [hub_id(reference, checkpoint) for reference, checkpoint in plan.checkpoints.items()]
+    known = [name for name in ids if name is not None]
+    entries: dict[str, Any] = {}
+    if known:
+        entries |= {"base_model": known, "base_model_relation": "merge"}
+    if plan.config_from.config.get("model_type"):
+        entries["library_name"] = "transformers"
+    entries["tags"] = ["merge", "dapt-merge"]
+    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    # The hub takes ids only; a local path would be refused there, or name another's model.
+    local = len(ids) - len(known)
+    note = f"# base_model: {local} of {len(ids)} inputs were no hub models; add their hub ids.\n" if local else ""
+    return f"---\n{text}{note}---\n"
+
+
+def _result(report: MergeReport, plan: MergePlan) -> list[str]:
+    dtypes = sorted({str(job.out_dtype).removeprefix("torch.") for job in plan.jobs})
+    lines = [
+        f"- {report.tensors:,} tensors in {', '.join(dtypes)}, {report.bytes_written:,} bytes",
+        f"- content `{report.output}`, merge `{report.fingerprint}`",
+    ]
+    if report.lost_share is None:
+        lines.append("- rounding loss: not measured, or nothing was rounded")
+    else:
+        lines.append(
+            f"- rounding loss: {report.lost_share:.1%} of {report.updated_elements:,} updated elements fell back to the"
+            " value that they started from"
+        )
+    kinds = sorted({str(notes["fallback"]).split(":")[0] for notes in report.notes.values() if "fallback" in notes})
+    lines.append(f"- fallbacks: {report.fallbacks:,} tensors" + (f" ({', '.join(kinds)})" if kinds else ""))
+    return lines
+
+
+def _scores(scores: Sequence[CardScore], note: str | None) -> str:
+    if not scores:
+        return "## Scores\n\nNone are known: this model was not scored when it was written.\n"
+    lines = ["| suite | metric | score | gain over the base |", "|---|---|---|---|"]
+    for score in scores:
+        error = "" if score.standard_error is None else f" ± {score.standard_error:.4f}"
+        gain = "" if score.gain is None else f"{score.gain:+.4f} {score.unit}".strip()
+        lines.append(f"| {_cell(score.suite)} | {_cell(score.metric)} | {score.score:.4f}{error} | {gain} |")
+    return "## Scores\n\n" + (f"{note}\n\n" if note else "") + "\n".join(lines) + "\n"
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
