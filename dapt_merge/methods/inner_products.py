@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dapt_merge.methods.pieces import Operands, partial_sums
+from dapt_merge.methods.pieces import Operands, partial_sums, row_sums
 
 # Nearer to parallel an arc is its chord; nearer to opposite, which way it goes is rounding. Far above the error of a
 # float64 cosine, far below what float32 inputs resolve.
 SMALLEST_SINE = 1e-6
-_BLOCK = 1 << 10
 _ROWS_AT_ONCE_ELEMENTS = 1 << 20
 
 
@@ -44,7 +43,7 @@ def row_inner_products(first: Tensor, second: Tensor) -> Tensor:
     rows, length = first.shape
     at_once = max(1, _ROWS_AT_ONCE_ELEMENTS // max(1, length))
     parts = [
-        _row_sums(first[start : start + at_once].double() * second[start : start + at_once].double())
+        row_sums(first[start : start + at_once].double() * second[start : start + at_once].double())
         for start in range(0, rows, at_once)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
@@ -62,11 +61,3 @@ def linear_combination(tensors: Sequence[Tensor], coefficients: Sequence[float])
         if position != anchor and coefficient != 0:
             merged.add_(torch.sub(tensors[position], tensors[anchor]).mul_(coefficient))
     return merged
-
-
-def _row_sums(values: Tensor) -> Tensor:
-    """Sum float64 rows in blocks that one thread adds, however long a row is."""
-    rows, length = values.shape
-    whole = length - length % _BLOCK
-    blocks = values[:, :whole].reshape(rows, -1, _BLOCK).sum(dim=2)
-    return blocks.sum(dim=1).add_(values[:, whole:].sum(dim=1))

@@ -31,6 +31,20 @@ TIES = {
     "dtype": "float32",
 }
 
+# method → parameters, and how many of the two DAPT models it takes
+SELECTING = {
+    "breadcrumbs": ({"weight": 0.4, "density": [{"filter": "mlp", "value": 0.3}, {"value": 0.6}], "gamma": 0.05}, 2),
+    "breadcrumbs_ties": ({"weight": 0.4, "density": 0.5, "normalize": True}, 2),
+    "model_stock": ({"filter_wise": [{"filter": "mlp", "value": True}, {"value": False}]}, 2),
+    "sce": ({"select_topk": 0.4}, 2),
+    "nearswap": ({"t": 0.02}, 1),
+    "ram": ({"epsilon": 0.05}, 2),
+    "ramplus_tl": ({"epsilon": 0.05, "alpha": 2.0}, 2),
+    "arcee_fusion": ({}, 1),
+    "della": ({"weight": 0.4, "density": 1.0, "normalize": True}, 2),
+    "della_linear": ({"weight": 0.4, "density": 1.0}, 2),
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -83,3 +97,25 @@ def test_the_same_file_gives_the_same_model(content, folder, tmp_path, monkeypat
     by_default = tensors(tmp_path / "last")
     differing = {name for name in found if not torch.equal(found[name], by_default[name])}
     assert differing == {"lm_head.weight", "model.norm.weight"}
+
+
+@pytest.mark.parametrize("method", SELECTING)
+def test_methods_that_select_give_the_same_tensors(method, folder, tmp_path, monkeypatch):
+    from dapt_merge import load_recipe, merge
+
+    parameters, count = SELECTING[method]
+    content = {
+        "merge_method": method,
+        "base_model": "base",
+        "models": [{"model": name} for name in ("dapt", "dapt2")[:count]],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    if method in ("nearswap", "arcee_fusion"):
+        content["models"].insert(0, {"model": "base"})
+    monkeypatch.chdir(folder)
+    expected = by_mergekit(content, tmp_path / "mergekit")
+    found = merge(recipe=load_recipe(content))
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7, msg=name)
