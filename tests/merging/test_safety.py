@@ -128,6 +128,8 @@ def wait_for_partial(folder, process):
 
 def filled_share(file, samples=100):
     size = file.stat().st_size
+    if size < 20_000:
+        return 0.0  # the file exists, but has not got its final length yet
     with open(file, "rb") as content:
         filled = 0
         for index in range(samples):
