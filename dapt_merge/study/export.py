@@ -15,8 +15,10 @@ from dapt_merge.study.scoring import Progress
 
 if TYPE_CHECKING:
     from dapt_merge.merging import MergeReport
+    from dapt_merge.merging.card import CardScore
 
 TRIAL_FILE = "study_trial.json"
+_SEARCH_ITEMS = "Values are on the items that the search chose by: report other items."
 
 
 def export_trial(
@@ -45,6 +47,7 @@ def export_trial(
         InputError: no such trial; the output exists; a checkpoint of the recipe is gone.
     """
     from dapt_merge.merging import merge_to_disk, plan_merge
+    from dapt_merge.merging.card import CARD_FILE, model_card
     from dapt_merge.recipe import load_recipe
 
     refuse_existing(out, overwrite)
@@ -54,13 +57,26 @@ def export_trial(
     if out_dtype is not None:
         recipe = load_recipe(yaml.safe_load(recipe.to_yaml()), [f"out_dtype={out_dtype}"])
     with atomic_folder(out, overwrite=overwrite) as folder:
-        report = merge_to_disk(plan_merge(recipe), folder / "model", on_progress=on_progress)
+        plan = plan_merge(recipe)
+        report = merge_to_disk(plan, folder / "model", on_progress=on_progress)
         for path in (folder / "model").iterdir():
             path.rename(folder / path.name)
         (folder / "model").rmdir()
         record = json.dumps(_provenance(result, trial, pick), indent=2, ensure_ascii=False)
         (folder / TRIAL_FILE).write_text(record + "\n", encoding="utf-8")
+        card = model_card(report, plan, scores=_card_scores(result, trial), scores_note=_SEARCH_ITEMS)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return trial, report
+
+
+def _card_scores(study: StudyResult, trial: StudyTrial) -> list[CardScore]:
+    from dapt_merge.merging.card import CardScore
+
+    gains = study.gains(trial)
+    return [
+        CardScore(o.suite, o.metric, trial.values[o.name], trial.standard_errors.get(o.name), gains[o.name], o.unit)
+        for o in study.objectives
+    ]
 
 
 def _provenance(study: StudyResult, trial: StudyTrial, pick: str | int) -> dict[str, Any]:
@@ -76,5 +92,5 @@ def _provenance(study: StudyResult, trial: StudyTrial, pick: str | int) -> dict[
         "objectives": [
             {"name": o.name, "suite": o.suite, "metric": o.metric, "unit": o.unit} for o in study.objectives
         ],
-        "note": "Values are on the items that the search chose by: report other items.",
+        "note": _SEARCH_ITEMS,
     }

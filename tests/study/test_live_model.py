@@ -61,6 +61,9 @@ def test_a_trials_values_are_those_of_its_exported_checkpoint(result, folder):
         assert suite_score(scores, objective.tasks, objective.metric) == trial.values[objective.name]
     record = json.loads((folder / "exported" / "study_trial.json").read_text())
     assert record["trial"] == trial.number
+    card = (folder / "exported" / "README.md").read_text()
+    assert all(f"{trial.values[o.name]:.4f} ± {trial.standard_errors[o.name]:.4f}" in card for o in result.objectives)
+    assert record["note"] in card
     assert yaml.safe_load((folder / "exported" / "recipe.yaml").read_text())["merge_method"] == trial.params["method"]
 
 
