@@ -10,7 +10,19 @@ import sys
 from importlib import import_module
 
 # In the order of the data flow, which is the order in which `--help` lists them.
-_COMMANDS = ("demo", "pretrain", "inspect", "explain", "statistics", "merge", "extract-lora", "eval", "search", "plot", "export")
+_COMMANDS = (
+    "demo",
+    "pretrain",
+    "inspect",
+    "explain",
+    "statistics",
+    "merge",
+    "extract-lora",
+    "eval",
+    "search",
+    "plot",
+    "export",
+)
 
 
 def build_app():  # type: ignore[no-untyped-def]
