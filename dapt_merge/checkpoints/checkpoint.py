@@ -88,6 +88,8 @@ class Checkpoint:
         self.num_layers = _num_layers(self.config, self.tensors)
         self._layers = _layers_by_stack(self.tensors)
         self.remarks = tuple(remarks)
+        # Set where embeddings were aligned: equal keys mean equal tokens in equal rows, whatever the files say.
+        self.vocabulary_key: str | None = None
         self._reader = reader
         self._digests: dict[str, bytes] = {}
 

@@ -26,6 +26,8 @@ def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
     Raises:
         InputError: a token differs; it is named with both ids.
     """
+    if first.vocabulary_key is not None and first.vocabulary_key == second.vocabulary_key:
+        return None
     if first.folder is None or second.folder is None or first.folder == second.folder:
         return None
     of_first, of_second = _files(first.folder), _files(second.folder)
@@ -56,6 +58,25 @@ def check_same_vocabulary(first: Checkpoint, second: Checkpoint) -> str | None:
     return None
 
 
+def token_ids(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Return token → id of a checkpoint's tokenizer, tokens added to it included; None when none can be read.
+
+    Raises:
+        InputError: the file is there and garbled.
+    """
+    folder = checkpoint.folder
+    name = next((name for name in _files(folder) if not name.endswith(".model")), None) if folder else None
+    if folder is None or name is None:
+        return None
+    if name == "vocab.txt":
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        found = {token: row for row, token in enumerate(lines)}
+    else:
+        found = _token_ids(folder / name, (folder / name).read_bytes())
+    extra = folder / "added_tokens.json"
+    return found | (_token_ids(extra, extra.read_bytes()) if extra.is_file() else {})
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Say whether a folder holds a tokenizer's vocabulary."""
     return bool(_files(folder))
@@ -69,7 +90,8 @@ def _different(first: Checkpoint, second: Checkpoint, detail: str) -> InputError
     return InputError(
         f"two different vocabularies: {detail}",
         where=f"{first.label} and {second.label}",
-        remedy="Merge checkpoints that share one tokenizer, as base and DAPT checkpoints of one run do.",
+        remedy="Merge checkpoints that share one tokenizer, or write 'tokenizer_source: base' (or union) into the "
+        "recipe: embeddings are then aligned by token.",
     )
 
 

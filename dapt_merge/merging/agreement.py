@@ -127,7 +127,9 @@ def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) ->
             raise InputError(
                 f"{key} is {value} in {first.label} and {other_value} in {other.label}",
                 where=f"config.json of {other.label}",
-                remedy="Merge checkpoints of one model: the base, and what was trained from it. Where you know that"
+                remedy="Write 'tokenizer_source: base' (or union) into the recipe: rows are then aligned by token."
+                if key == "vocab_size"
+                else "Merge checkpoints of one model: the base, and what was trained from it. Where you know that"
                 " the difference does not matter, set 'allow_config_mismatch: true' in the recipe.",
             )
 

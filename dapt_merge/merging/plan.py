@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dapt_merge.checkpoints.alignment import Alignment, align
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.groups import tensor_group
@@ -98,6 +99,7 @@ class MergePlan:
     warnings: tuple[str, ...]
     config_from: Checkpoint
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    alignment: Alignment | None = None
 
     def read(self, label: str, name: str) -> Tensor:
         """Return a stored tensor of one of the checkpoints, or of one of the statistics files."""
@@ -137,9 +139,21 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         ['w']
     """
     opened = open_inputs(recipe, checkpoints or {})
+    alignment = None
+    if recipe.tokenizer_source is not None:
+        opened, alignment = align(opened, _tokenizer_source(opened, recipe))
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.slices is not None, allow_mismatch=recipe.allow_config_mismatch)
-    return plan_from(recipe, opened, found)
+    plan = plan_from(recipe, opened, found)
+    if alignment is None:
+        return plan
+    return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
+
+
+def _tokenizer_source(opened: Mapping[str, Checkpoint], recipe: Recipe) -> str:
+    source = str(recipe.tokenizer_source)
+    known = (key for key in opened if os.path.normpath(key) == os.path.normpath(source))
+    return source if source in ("base", "union") else next(known, source)
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:

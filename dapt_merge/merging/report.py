@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -55,6 +55,7 @@ class MergeReport:
         bytes_read, bytes_written: sizes of the tensors read and produced.
         seconds: wall time.
         versions: package → version.
+        tokens: where embeddings were aligned: reference → how many of its tokens moved, are dropped, or came to it.
     """
 
     recipe: str
@@ -73,6 +74,7 @@ class MergeReport:
     bytes_written: int
     seconds: float
     versions: dict[str, str]
+    tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
@@ -102,6 +104,7 @@ def build_report(
         bytes_written=sum(outcome.job.nbytes for outcome in outcomes),
         seconds=seconds,
         versions=versions(),
+        tokens={} if plan.alignment is None else {label: dict(row) for label, row in plan.alignment.report.items()},
     )
 
 

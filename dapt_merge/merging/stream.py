@@ -65,6 +65,8 @@ def merge_to_disk(
                 on_progress=on_progress,
             )
         copy_companions(plan.config_from, folder, plan.main_dtype)
+        if plan.alignment is not None:
+            plan.alignment.write_tokenizer(folder)
         report = build_report(
             plan,
             outcomes,

@@ -54,6 +54,9 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         "seed": recipe.seed if recipe.method.random else None,
     }
     # Only what is used: recipes that leave these out keep the fingerprints that they had before these existed.
+    if recipe.tokenizer_source is not None:
+        source = recipe.tokenizer_source
+        content["tokenizer_source"] = source if source in ("base", "union") else _content(source, inputs)
     if recipe.target is not None:
         content["target"] = _content(recipe.target, inputs)
     if recipe.freeze:

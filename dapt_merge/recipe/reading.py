@@ -276,7 +276,7 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Colle
         return os.path.normpath(beside) if beside.exists() else reference
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
-        for key in ("base_model", "target") if entry is content else ("base_model", "model"):
+        for key in ("base_model", "target", "tokenizer_source") if entry is content else ("base_model", "model"):
             if key in entry:
                 entry[key] = located(entry[key])
         average = entry.get("average")

@@ -24,8 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Valid mergekit keys that this version cannot honour: each with what to do instead.
 UNSUPPORTED_KEYS = {
     "modules": "List whole models under 'models:', or layers under 'slices:'.",
-    "tokenizer_source": "Leave it out: the models must share one vocabulary, and the base's tokenizer is copied.",
-    "tokenizer": "Leave it out: the models must share one vocabulary, and the base's tokenizer is copied.",
+    "tokenizer": "Use tokenizer_source: base, union or one of the models.",
     "chat_template": "Leave it out: the base's chat template is copied.",
 }
 
@@ -156,6 +155,8 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     # What lm_head and the final norm get of a gradient: None and "last" its last value, "mergekit" its first.
     gradient_outer: Literal["last", "mergekit"] | None = None
+    # Whose vocabulary the output has: "base", "union" or a model. None: all must have the same one.
+    tokenizer_source: str | None = Field(default=None, min_length=1)
     # Our own from here on; mergekit knows none of them.
     # What the merged difference from the base is added to (an instruct model, say); None: the base itself.
     target: str | None = Field(default=None, min_length=1)
