@@ -20,39 +20,68 @@ if TYPE_CHECKING:
 _LARGEST_FILE_BYTES = 2**20
 
 
-def read_mapping(path: str | Path, *, what: str, remedy: str) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
+def read_documents(path: str | Path, *, noun: str, remedy: str) -> list[Any]:
+    """Read the documents of a YAML file, empty ones left out.
 
     Args:
         path: the file.
-        what: what it should be, with its article ("a study", "a suite"), for the messages.
+        noun: what it should be ("recipe", "study", "suite"), for the messages.
         remedy: what to do when it is something else.
 
     Raises:
-        InputError: the file is missing, cannot be read, is no UTF-8, no YAML (with the line) or no mapping, or gives a
-            key twice.
+        InputError: the file is missing, cannot be read, is no UTF-8, no YAML (with the line), empty or too large, or
+            gives a key twice.
     """
     path = Path(path)
+    text = _text(path, noun, remedy)
     try:
-        if path.stat().st_size > _LARGEST_FILE_BYTES:
-            raise InputError(f"this is not {what}: it is larger than 1 MiB", where=path, remedy=remedy)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) if isinstance(error, FileNotFoundError) else ""
-        raise InputError(
-            f"the file cannot be read ({error.strerror}).{hint}", where=path, remedy=f"Check the path. {remedy}"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError("the file is not UTF-8 text", where=path, remedy=remedy) from None
+        # Derives from SafeLoader: nothing but plain data can come out of it.
+        documents = [content for content in yaml.load_all(text, Loader=_StrictLoader) if content is not None]
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML{_line(error)}", where=path, remedy="Correct that line.") from None
-    if not isinstance(content, dict):
-        found = "an empty file" if content is None else type(content).__name__
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
         raise InputError(
-            f"this is not {what}: expected a mapping of keys to values, found {found}", where=path, remedy=remedy
+            f"this is not valid YAML: {problem}",
+            where=f"{path}{line}",
+            remedy="Correct that line; indent with spaces only.",
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"this is not a {noun}: {error}", where=path, remedy=remedy) from None
+    if not documents:
+        raise InputError(f"the {noun} is empty", where=path, remedy=remedy)
+    return documents
+
+
+def read_mapping(path: str | Path, *, noun: str, remedy: str) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping; arguments and errors as for `read_documents`.
+
+    Raises:
+        InputError: also when the file holds no mapping, or more than one document.
+    """
+    documents = read_documents(path, noun=noun, remedy=remedy)
+    if len(documents) > 1 or not isinstance(documents[0], dict):
+        found = f"{len(documents)} documents" if len(documents) > 1 else type(documents[0]).__name__
+        raise InputError(
+            f"this is not a {noun}: expected a mapping of keys to values, found {found}", where=path, remedy=remedy
         )
-    return content
+    return documents[0]
+
+
+def _text(path: Path, noun: str, remedy: str) -> str:
+    try:
+        if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
+            raise InputError(f"this file is too large to be a {noun} (over 1 MiB)", where=path, remedy=remedy)
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise InputError(f"there is no such file.{nearest(path.name, siblings)}", where=path, remedy=remedy) from None
+    except IsADirectoryError:
+        raise InputError(f"this is a folder, not a {noun}", where=path, remedy=remedy) from None
+    except UnicodeDecodeError:
+        raise InputError("this file is not UTF-8 text", where=path, remedy=remedy) from None
+    except OSError as error:
+        raise InputError(f"the {noun} cannot be read ({error.strerror})", where=path, remedy=remedy) from None
 
 
 def explained(
@@ -97,9 +126,3 @@ class _StrictLoader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None)
-    return (f" at line {mark.line + 1}" if mark else "") + (f": {problem}" if problem else "")

@@ -65,7 +65,7 @@ def load_suite(path: str | Path) -> Suite:
             wrong value, or an include path is no folder.
     """
     path = Path(path)
-    content = read_mapping(path, what="a suite", remedy="Write the keys name, axis, tasks and include_path.")
+    content = read_mapping(path, noun="suite", remedy="Write the keys name, axis, tasks and include_path.")
     try:
         suite = Suite.model_validate(content)
     except ValidationError as error:

@@ -136,7 +136,7 @@ def load_pretrain_config(source: str | Path | Mapping[str, Any], overrides: Sequ
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_mapping(path, what="a run", remedy="Start from recipes/pretrain-demo.yaml.")
+    return read_mapping(path, noun="pre-training run", remedy="Start from recipes/pretrain-demo.yaml.")
 
 
 def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

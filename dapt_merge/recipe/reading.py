@@ -15,12 +15,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dapt_merge import yaml_files
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, Average, ModelInput, Recipe, Slice, SliceSource
-
-# A recipe is a page of text; anything of this size is another file given by mistake.
-_LARGEST_FILE_BYTES = 2**20
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -65,7 +63,8 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: the file cannot be read, is empty, not YAML, or a document is no mapping.
     """
-    documents = _read_yaml(path)
+    remedy = "Give the path of a YAML recipe; recipes/ holds some to start from."
+    documents = yaml_files.read_documents(path, noun="recipe", remedy=remedy)
     for content in documents:
         if not isinstance(content, dict):
             raise InputError(
@@ -210,54 +209,6 @@ def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> 
             here[index] = value
         else:
             here = here[index]
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that is given twice: YAML would silently keep the later one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key_node.value}' is given twice", key_node.start_mark
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: Path) -> list[Any]:
-    remedy = "Give the path of a YAML recipe; recipes/ holds some to start from."
-    try:
-        if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
-            raise InputError("this file is too large to be a recipe (over 1 MiB)", where=path, remedy=remedy)
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("there is no such file", where=path, remedy=remedy) from None
-    except IsADirectoryError:
-        raise InputError("this is a folder, not a recipe", where=path, remedy=remedy) from None
-    except UnicodeDecodeError:
-        raise InputError("this file is not UTF-8 text", where=path, remedy=remedy) from None
-    except OSError as error:
-        raise InputError(f"the recipe cannot be read ({error.strerror})", where=path, remedy=remedy) from None
-    try:
-        # Derives from SafeLoader: nothing but plain data can come out of it.
-        documents = [content for content in yaml.load_all(text, Loader=_StrictLoader) if content is not None]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise InputError(
-            f"this is not valid YAML: {problem}",
-            where=f"{path}{line}",
-            remedy="Correct that line; indent with spaces only.",
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"this is not a recipe: {error}", where=path, remedy=remedy) from None
-    if not documents:
-        raise InputError("the recipe is empty", where=path, remedy=remedy)
-    return documents
 
 
 def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Collection[str]) -> None:

@@ -150,7 +150,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, 
     if isinstance(source, Mapping):
         return _deep_copy(source), "the study", Path.cwd()
     path = Path(source)
-    raw = read_mapping(path, what="a study", remedy="See the examples in search/.")
+    raw = read_mapping(path, noun="study", remedy="See the examples in search/.")
     return raw, str(path), path.resolve().parent
 
 

@@ -75,7 +75,7 @@ def test_a_limit_and_a_store_are_honoured(folder, tmp_path):
         (("./absent", "--suite", "domain.yaml"), "model folder does not exist"),
         (("./bas", "--suite", "domain.yaml"), "Did you mean 'base'"),
         (("tasks", "--suite", "domain.yaml"), "config.json is missing"),
-        (("base", "--suite", "absent.yaml"), "file cannot be read"),
+        (("base", "--suite", "absent.yaml"), "no such file"),
         (("base", "--suite", "domain.yaml", "--dtype", "bf16"), "unknown dtype"),
         (("nobody/nothing", "--suite", "domain.yaml"), "cannot be loaded"),
         (("domain.yaml", "--suite", "domain.yaml"), "a model is a folder"),

@@ -86,7 +86,7 @@ def test_inputs_are_found_beside_the_description(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("- a\n", "a mapping"), ("base: [\n", "line 2"), ("", "a mapping"), ("a: \xe9".encode("latin1"), "UTF-8")],
+    [("- a\n", "a mapping"), ("base: [\n", "line 2"), ("", "is empty"), ("a: \xe9".encode("latin1"), "UTF-8")],
 )
 def test_a_file_that_is_no_description_is_refused(tmp_path: Path, text: str | bytes, said: str) -> None:
     file = tmp_path / "run.yaml"

@@ -72,7 +72,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path, content):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         load_study_config(tmp_path / "none.yaml")
 
 
