@@ -1,0 +1,65 @@
+"""What the README shows is what the tool takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def yaml_block(name: str) -> dict:
+    return next(yaml.safe_load(block) for block in blocks("yaml") if block.startswith(f"# {name}"))
+
+
+def test_the_pretrain_file_is_a_run():
+    from dapt_merge.pretraining import load_pretrain_config
+
+    assert load_pretrain_config(yaml_block("pretrain.yaml")).checkpoints == 8
+
+
+def test_the_merge_file_is_a_recipe():
+    from dapt_merge.recipe import load_recipe
+
+    assert load_recipe(yaml_block("ties.yaml")).merge_method == "ties"
+
+
+def test_the_study_file_is_a_study():
+    from dapt_merge.study.config import StudyConfig
+
+    study = StudyConfig.model_validate(yaml_block("study.yaml"))
+    assert set(study.report.objectives) == set(study.objectives)
+
+
+def test_the_suite_file_is_a_suite():
+    from dapt_merge.evaluation import Suite
+
+    assert Suite.model_validate(yaml_block("suites/domain.yaml")).axis == "domain"
+
+
+def test_the_method_of_ones_own_works_and_is_under_twenty_lines():
+    import dapt_merge as dm
+    from dapt_merge.methods.registry import get_method
+
+    source = next(block for block in blocks("python") if "def capped" in block)
+    assert len(source.strip().splitlines()) < 20
+    exec(source, {})
+    base, dapt = {"w": torch.zeros(3)}, {"w": torch.tensor([-1.0, 0.0005, 1.0])}
+    merged = dm.merge(base, dapt, method="capped", cap=0.001)
+    torch.testing.assert_close(merged["w"], torch.tensor([-0.001, 0.0005, 0.001]))
+    assert get_method("capped").parameter("cap").default == 1e-3
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^dapt-merge (\w+)", README, flags=re.MULTILINE))))
+def test_every_command_exists(line):
+    from dapt_merge import cli
+
+    assert line in cli._COMMANDS
