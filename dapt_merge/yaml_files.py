@@ -74,7 +74,7 @@ def _text(path: Path, noun: str, remedy: str) -> str:
             raise InputError(f"this file is too large to be a {noun} (over 1 MiB)", where=path, remedy=remedy)
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise InputError(f"there is no such file.{nearest(path.name, siblings)}", where=path, remedy=remedy) from None
     except IsADirectoryError:
         raise InputError(f"this is a folder, not a {noun}", where=path, remedy=remedy) from None
