@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -69,8 +71,13 @@ def by_mergekit(content, out):
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    # mergekit keeps opened models by name for the life of the process: the same relative name in another test's folder
+    # would be that test's model.
+    here = {**content, "models": [{**model, "model": str(Path.cwd() / model["model"])} for model in content["models"]]}
+    if "base_model" in content:
+        here["base_model"] = str(Path.cwd() / content["base_model"])
     options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(content), str(out), options)
+    run_merge(MergeConfiguration.model_validate(here), str(out), options)
     return tensors(out)
 
 
