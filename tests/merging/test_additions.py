@@ -1,4 +1,4 @@
-"""What our recipes have beside mergekit's dialect: target, freeze, stochastic rounding, averages, allowed mismatches."""
+"""What our recipes have beside mergekit's: target, freeze, stochastic rounding, averages, allowed mismatches."""
 
 from __future__ import annotations
 
