@@ -119,11 +119,15 @@ def gain_over(model: Scores, reference: Scores, axis: Axis, *, seed: int = 0) ->
 
 
 def _retained(model: Scores, base: Scores, dapt: Scores, axis: Axis, seed: int) -> Gain | None:
-    """Share of DAPT's change that the model keeps; None when that change is within noise, so that no share exists."""
+    """Share of DAPT's change that the model keeps; None where it is no gain or no loss beyond noise."""
     from dapt_merge.evaluation.statistics import retained_share
 
     share = retained_share(model, base, dapt, axis.tasks, axis.metric, seed=seed)
-    return Gain(share.estimate, share.low, share.high) if math.isfinite(share.low) else None
+    change = gain_over(dapt, base, axis, seed=seed).estimate
+    # A share of a loss that was a gain, or of a gain that was a loss, would read as its opposite.
+    if not math.isfinite(share.low) or (change > 0) != (axis.side == "domain"):
+        return None
+    return Gain(share.estimate, share.low, share.high)
 
 
 def axes_in_order(axes: Sequence[Axis]) -> list[Axis]:

@@ -70,13 +70,13 @@ def _share(share: Gain) -> str:
 
 def _kept(knee: Row) -> str:
     if knee.domain_gain_kept is None:
-        return "DAPT's domain gain is not beyond noise, so no share of it can be stated"
+        return "DAPT has no domain gain beyond noise, so no share of it can be stated"
     return f"keeps {_share(knee.domain_gain_kept)} of the domain gain"
 
 
 def _given_back(knee: Row) -> str:
     if knee.general_loss_given_back is None:
-        return "DAPT's general loss is not beyond noise, so no share of it can be stated"
+        return "DAPT has no general loss beyond noise, so no share of it can be stated"
     share = knee.general_loss_given_back
     if share.low > 1:
         return f"gives back all of the general loss and gains beyond it ({_share(share)})"

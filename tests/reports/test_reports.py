@@ -89,6 +89,13 @@ def test_a_control_that_gains_as_much_is_told(rows):
     assert "the gain is content" in control_sentence(flat, DOMAIN, nothing)
 
 
+def test_where_dapt_gained_in_general_no_loss_is_given_back():
+    base, dapt = scores(2.0, 1.0, 0.3, noise=0.05, seed=1), scores(1.5, 0.9, 0.6, noise=0.05, seed=2)
+    row = build_row("linear weight 0.5", "knee", 2, dapt, base, dapt, [DOMAIN, GENERAL])
+    assert row.general_loss_given_back is None
+    assert row.domain_gain_kept.estimate == 1
+
+
 def test_the_verdict_claims_nothing_within_noise():
     base, dapt = scores(2.0, 1.0, 0.3, noise=2.0, seed=1), scores(1.99, 1.01, 0.3, noise=2.0, seed=2)
     rows = [
