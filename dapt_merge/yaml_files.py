@@ -1,11 +1,12 @@
-"""The one way in for YAML files: read safely, refuse what is no mapping, say the line of what is wrong.
+"""The one way in for YAML files and `key=value` overrides: read safely, and say where what is wrong.
 
 A key given twice is an error here, where YAML would silently take the last. What the keys mean is known to the readers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import reprlib
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,77 @@ def explained(
     choices = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
     hint = nearest(str(given), [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")])
     return InputError(f"{key}: {message}{found}{hint}" if key else message, where=place, remedy="Correct the value.")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` and read the value as YAML.
+
+    Example:
+        >>> parse_override("t=[0, 0.5]")
+        ('t', [0, 0.5])
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(
+            f"'{text}' is not of the form key=value",
+            where="the overrides",
+            remedy="Write for example t=0.3 or models.0.parameters.weight=0.6.",
+        )
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise InputError(
+            f"the value in '{text}' is not valid YAML", where=key, remedy="Quote it, for example 't=[0, 0.5]'."
+        ) from None
+    if value is None:
+        raise InputError(f"'{text}' gives no value", where=key, remedy="Write a value after the equals sign.")
+    return key.strip(), value
+
+
+def set_at(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
+    """Set the value at a path through mappings and lists, making a missing mapping on the way.
+
+    Args:
+        content: changed in place.
+        path: keys of mappings and indices of lists, outermost first.
+        value: what to set.
+        key: what the user wrote, for messages.
+
+    Raises:
+        InputError: an index past the end of a list, or a path that goes on inside a single value.
+    """
+    here: Any = content
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) >= len(here):
+                raise InputError(
+                    f"'{part}' is not an index into the list '{'.'.join(path[:depth])}' of {len(here)} entries",
+                    where=key,
+                    remedy=f"Count from 0 to {len(here) - 1}.",
+                )
+            index: Any = int(part)
+        elif isinstance(here, MutableMapping):
+            index = part
+            if not last and here.get(part) is None:
+                here[part] = {}
+        else:
+            raise InputError(
+                f"'{'.'.join(path[:depth])}' is {kind_of(here)} and has no '{part}'",
+                where=key,
+                remedy=f"Set '{'.'.join(path[:depth])}' itself.",
+            )
+        if last:
+            here[index] = value
+        else:
+            here = here[index]
+
+
+def kind_of(value: object) -> str:
+    """Say what a value from a YAML file is, for messages."""
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "a flag", type(None): "nothing"}
+    shown = "" if value is None or isinstance(value, dict | list) else f" ({reprlib.repr(value)})"
+    return names.get(type(value), f"a {type(value).__name__}") + shown
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -168,7 +168,7 @@ def _recipes(
 def _merged(given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Join --weight, --density and key=value into the parameters of `make_recipe`."""
     from dapt_merge.errors import InputError
-    from dapt_merge.recipe.reading import parse_override
+    from dapt_merge.yaml_files import parse_override
 
     parameters = {name: value[0] if len(value) == 1 else value for name, value in given.items()}
     dotted = []

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.recipe.reading import parse_override
-from dapt_merge.yaml_files import explained, read_mapping
+from dapt_merge.yaml_files import explained, parse_override, read_mapping
 
 Role = Literal["domain", "replay"]
 Precision = Literal["bf16-master", "fp32", "bf16-autocast", "auto"]

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dapt_merge import yaml_files
@@ -68,7 +67,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     for content in documents:
         if not isinstance(content, dict):
             raise InputError(
-                f"a recipe is a mapping of keys to values; this file holds {_kind(content)}",
+                f"a recipe is a mapping of keys to values; this file holds {yaml_files.kind_of(content)}",
                 where=path,
                 remedy="Start from one of the files in recipes/: it needs at least 'models' and 'merge_method'.",
             )
@@ -106,36 +105,11 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
         InputError: no `=`, a value that is not YAML, an unknown key, an index past the end of a list.
     """
     edited = copy.deepcopy(dict(content))
-    pairs = [parse_override(text) for text in overrides]
+    pairs = [yaml_files.parse_override(text) for text in overrides]
     # The method decides which short names exist, wherever it stands on the command line.
     for key, value in sorted(pairs, key=lambda pair: pair[0] != "merge_method"):
-        _set(edited, _full_path(key, edited), value, key)
+        yaml_files.set_at(edited, _full_path(key, edited), value, key)
     return edited
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split `key=value` and read the value as YAML.
-
-    Example:
-        >>> parse_override("t=[0, 0.5]")
-        ('t', [0, 0.5])
-    """
-    key, equals, raw = text.partition("=")
-    if not equals or not key.strip():
-        raise InputError(
-            f"'{text}' is not of the form key=value",
-            where="the overrides",
-            remedy="Write for example t=0.3 or models.0.parameters.weight=0.6.",
-        )
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise InputError(
-            f"the value in '{text}' is not valid YAML", where=key, remedy="Quote it, for example 't=[0, 0.5]'."
-        ) from None
-    if value is None:
-        raise InputError(f"'{text}' gives no value", where=key, remedy="Write a value after the equals sign.")
-    return key.strip(), value
 
 
 def _full_path(key: str, content: Mapping[str, Any]) -> list[str]:
@@ -180,35 +154,6 @@ def _at(content: Any, path: Sequence[str]) -> Any:
     for part in path:
         content = content[int(part)] if isinstance(content, list) else content[part]
     return content
-
-
-def _set(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
-    """Set the value at a path through mappings and lists, making a missing mapping on the way."""
-    here: Any = content
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(here, list):
-            if not part.isdecimal() or int(part) >= len(here):
-                raise InputError(
-                    f"'{part}' is not an index into the list '{'.'.join(path[:depth])}' of {len(here)} entries",
-                    where=key,
-                    remedy=f"Count from 0 to {len(here) - 1}.",
-                )
-            index: Any = int(part)
-        elif isinstance(here, MutableMapping):
-            index = part
-            if not last and here.get(part) is None:
-                here[part] = {}
-        else:
-            raise InputError(
-                f"'{'.'.join(path[:depth])}' is {_kind(here)} and has no '{part}'",
-                where=key,
-                remedy=f"Set '{'.'.join(path[:depth])}' itself.",
-            )
-        if last:
-            here[index] = value
-        else:
-            here = here[index]
 
 
 def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Collection[str]) -> None:
@@ -268,8 +213,9 @@ def _explained(error: ValidationError, origin: str) -> InputError:
         return InputError(f"the key '{path[-1]}' is missing", where=where, remedy=f"Add '{path[-1]}: …' to the recipe.")
     given = finding.get("input")
     if finding["type"].endswith("_type"):
+        expected = _EXPECTED.get(finding["type"], finding["msg"])
         return InputError(
-            f"'{path[-1] if path else 'recipe'}' is {_kind(given)}; {_EXPECTED.get(finding['type'], finding['msg'])}",
+            f"'{path[-1] if path else 'recipe'}' is {yaml_files.kind_of(given)}; {expected}",
             where=where,
             remedy="Change the value to that type.",
         )
@@ -294,9 +240,3 @@ _EXPECTED = {
     "model_type": "a mapping with the key 'model' is expected",
     "model_attributes_type": "a mapping with the key 'model' is expected",
 }
-
-
-def _kind(value: object) -> str:
-    names = {dict: "a mapping", list: "a list", str: "a text", bool: "a flag", type(None): "nothing"}
-    shown = "" if value is None or isinstance(value, dict | list) else f" ({reprlib.repr(value)})"
-    return names.get(type(value), f"a {type(value).__name__}") + shown

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.yaml_files import explained, read_mapping
+from dapt_merge.yaml_files import explained, parse_override, read_mapping, set_at
 
 SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "gp", "qmc", "random", "grid")
 MINIMISED_METRICS = ("bits_per_byte", "brier_score")
@@ -137,7 +137,8 @@ def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequenc
     """
     raw, where, beside = _read(source)
     for override in overrides:
-        _apply_override(raw, override)
+        key, value = parse_override(override)
+        set_at(raw, key.split("."), value, key)
     try:
         config = StudyConfig.model_validate(raw)
     except ValidationError as error:
@@ -158,19 +159,6 @@ def _deep_copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _deep_copy(item) for key, item in value.items()}
     return [_deep_copy(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    from dapt_merge.recipe.reading import parse_override
-
-    key, value = parse_override(override)
-    *parents, last = key.split(".")
-    target = raw
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise InputError(f"'{parent}' holds a value, not keys", where=override, remedy=f"Set {parent} itself.")
-    target[last] = value
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
