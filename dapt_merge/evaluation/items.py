@@ -100,3 +100,22 @@ def pick(items: Mapping[str, TaskItems], task: str, metric: str) -> TaskItems:
         raise InputError(f"task '{task}' has no metric '{metric}'; it has: {', '.join(metrics)}")
     known = sorted({name for name, _ in records})
     raise InputError(f"there are no scores for task '{task}'.{nearest(task, known)}", remedy="Score the task first.")
+
+
+# Metrics that have a unit of their own. All others are shares from 0 to 1, and their differences are told in points.
+_UNITS = {"bits_per_byte": "bits per byte", "byte_perplexity": "perplexity", "word_perplexity": "perplexity"}
+
+
+def gain_unit(metric: str) -> str:
+    """Unit of a difference between two scores: points (hundredths) for shares, the metric's own for the others.
+
+    Example:
+        >>> gain_unit("bits_per_byte"), gain_unit("acc")
+        ('bits per byte', 'points')
+    """
+    return _UNITS.get(metric, "points")
+
+
+def gain_scale(metric: str) -> float:
+    """Factor from a difference in the metric to `gain_unit`: 100 for shares, 1 for the others."""
+    return 1.0 if metric in _UNITS else 100.0

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dapt_merge.evaluation.items import gain_scale, gain_unit
+
 if TYPE_CHECKING:
     from dapt_merge.evaluation.statistics import Scores
 
 Role = Literal["base", "dapt", "knee", "front", "trial"]
-UNIT = {"bits_per_byte": "bits per byte"}
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Axis:
     @property
     def unit(self) -> str:
         """Unit of a difference on this axis."""
-        return UNIT.get(self.metric, "points")
+        return gain_unit(self.metric)
 
     @property
     def scale(self) -> float:
         """Factor from the metric to the unit."""
-        return 1.0 if self.metric in UNIT else 100.0
+        return gain_scale(self.metric)
 
 
 @dataclass(frozen=True)
@@ -132,4 +133,4 @@ def _retained(model: Scores, base: Scores, dapt: Scores, axis: Axis, seed: int) 
 
 def axes_in_order(axes: Sequence[Axis]) -> list[Axis]:
     """Domain before general, objectives (bits per byte) before what is recorded beside them."""
-    return sorted(axes, key=lambda axis: (axis.metric not in UNIT, axis.side != "domain"))
+    return sorted(axes, key=lambda axis: (axis.scale != 1, axis.side != "domain"))

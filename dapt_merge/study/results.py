@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from dapt_merge.errors import InputError
+from dapt_merge.evaluation.items import gain_scale, gain_unit
 
 if TYPE_CHECKING:
     import optuna
@@ -26,9 +27,6 @@ CONFIG_FILE = "study.yaml"
 STORAGE_FILE = "study.db"
 ITEMS_FILE = "items.sqlite"
 LOCK_FILE = "study.lock"
-
-# Metrics that have a unit of their own. All others are shares from 0 to 1, and their differences are told in points.
-_UNITS = {"bits_per_byte": "bits per byte"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,12 @@ class Objective:
     @property
     def unit(self) -> str:
         """Unit of a gain: points (hundredths) for shares, the metric's own for bits per byte."""
-        return _UNITS.get(self.metric, "points")
+        return gain_unit(self.metric)
 
     @property
     def scale(self) -> float:
         """Factor from the metric to the unit of a gain."""
-        return 1.0 if self.metric in _UNITS else 100.0
+        return gain_scale(self.metric)
 
     def gain(self, value: float, base: float) -> float:
         """Return the signed difference from the base in `unit`, positive when better.
