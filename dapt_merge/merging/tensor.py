@@ -8,7 +8,7 @@ and written to, this module does not know.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class RoundingLoss:
 class MergedTensor:
     """A merged tensor in its output dtype, what its method noted, and what rounding lost (None: not measured).
 
-    The tensor may be an input itself, at an exact end point: read it, never write to it.
+    Where no `out` was given, the tensor may be an input itself, at an exact end point: read it, never write to it.
     """
 
     tensor: Tensor
@@ -53,7 +53,12 @@ class MergedTensor:
 
 
 def merge_tensor(
-    job: TensorJob, read: Callable[[str, str], Tensor], seed: int, *, measure_rounding: bool = True
+    job: TensorJob,
+    read: Callable[[str, str], Tensor],
+    seed: int,
+    *,
+    measure_rounding: bool = True,
+    out: Tensor | None = None,
 ) -> MergedTensor:
     """Merge one tensor.
 
@@ -63,10 +68,20 @@ def merge_tensor(
         seed: the recipe's.
         measure_rounding: count the elements of the update that rounding to a dtype narrower than float32 loses. It
             changes no bit of the result.
+        out: where the result is to be, shaped and typed like the job's output; it then is the tensor that is returned.
+            What it holds after an error is undefined.
 
     Raises:
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
+    merged = _merge(job, read, seed, measure_rounding)
+    if out is None:
+        return merged
+    out.copy_(merged.tensor)
+    return replace(merged, tensor=out)
+
+
+def _merge(job: TensorJob, read: Callable[[str, str], Tensor], seed: int, measure_rounding: bool) -> MergedTensor:
     base, models = job.inputs(read)
     context = TensorContext(
         job.name,
