@@ -20,6 +20,7 @@ from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.checkpoints.token_sources import TokenizerSettings
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
@@ -140,8 +141,10 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     """
     opened = open_inputs(recipe, checkpoints or {})
     alignment = None
-    if recipe.tokenizer_source is not None:
-        opened, alignment = align(opened, _tokenizer_source(opened, recipe))
+    if recipe.vocabulary is not None:
+        _refuse_unaligned(recipe.vocabulary)
+        settings = recipe.vocabulary.with_models(lambda name: _spelled_in(opened, name))
+        opened, alignment = align(opened, settings.source)
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.slices is not None, allow_mismatch=recipe.allow_config_mismatch)
     plan = plan_from(recipe, opened, found)
@@ -150,10 +153,12 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
 
 
-def _tokenizer_source(opened: Mapping[str, Checkpoint], recipe: Recipe) -> str:
-    source = str(recipe.tokenizer_source)
-    known = (key for key in opened if os.path.normpath(key) == os.path.normpath(source))
-    return source if source in ("base", "union") else next(known, source)
+def _refuse_unaligned(settings: TokenizerSettings) -> None:
+    for key in ("tokens", "pad_to_multiple_of"):
+        if getattr(settings, key):
+            raise InputError(
+                f"'tokenizer.{key}' is not carried out yet", where=f"tokenizer.{key}", remedy="Leave it out."
+            )
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:
@@ -303,4 +308,5 @@ def _open(reference: str, recipe: Recipe, base: Checkpoint | None) -> Checkpoint
 
 
 def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:
-    return next(key for key in opened if os.path.normpath(key) == os.path.normpath(reference))
+    same = (key for key in opened if os.path.normpath(key) == os.path.normpath(reference))
+    return next(same, reference)

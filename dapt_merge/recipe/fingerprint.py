@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from dapt_merge.checkpoints.token_sources import TokenizerSettings
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Method
 from dapt_merge.recipe.parts import Part, PartInput, same_model
@@ -54,9 +55,8 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         "seed": recipe.seed if recipe.method.random else None,
     }
     # Only what is used: recipes that leave these out keep the fingerprints that they had before these existed.
-    if recipe.tokenizer_source is not None:
-        source = recipe.tokenizer_source
-        content["tokenizer_source"] = source if source in ("base", "union") else _content(source, inputs)
+    if recipe.vocabulary is not None:
+        content |= _canonical_vocabulary(recipe.vocabulary, inputs)
     if recipe.target is not None:
         content["target"] = _content(recipe.target, inputs)
     if recipe.freeze:
@@ -76,6 +76,16 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
             for part in recipe.parts
         ]
     }
+
+
+def _canonical_vocabulary(settings: TokenizerSettings, inputs: Mapping[str, str]) -> dict[str, Any]:
+    named = settings.with_models(lambda model: _content(model, inputs)).model_dump()
+    content = {"tokenizer_source": named["source"]}
+    if settings.tokens:
+        content["tokens"] = named["tokens"]
+    if (settings.pad_to_multiple_of or 1) > 1:
+        content["pad_to_multiple_of"] = settings.pad_to_multiple_of
+    return content
 
 
 def _canonical_part(part: Part, method: Method, inputs: Mapping[str, str]) -> dict[str, Any]:

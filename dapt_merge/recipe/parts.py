@@ -109,6 +109,12 @@ def check_additions(recipe: Recipe) -> None:
         InputError: a target without a base that differences are taken from, a target or frozen tensors together with
             slices, frozen tensors without a base to stay at.
     """
+    if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
+        raise InputError(
+            "both 'tokenizer_source' and 'tokenizer' are given",
+            where="tokenizer_source",
+            remedy=f"Keep one: 'tokenizer: {{source: {recipe.tokenizer_source}, …}}' says the same and more.",
+        )
     for key, given in (("target", recipe.target), ("freeze", recipe.freeze)):
         if given and recipe.slices is not None:
             raise InputError(

@@ -17,7 +17,15 @@ from pydantic import ValidationError
 from dapt_merge import yaml_files
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method, method_names
-from dapt_merge.recipe.schema import UNSUPPORTED_KEYS, Average, ModelInput, Recipe, Slice, SliceSource
+from dapt_merge.recipe.schema import (
+    UNSUPPORTED_KEYS,
+    Average,
+    ModelInput,
+    Recipe,
+    Slice,
+    SliceSource,
+    TokenizerSettings,
+)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -227,6 +235,8 @@ def _fields_at(path: Sequence[str]) -> Mapping[str, Any]:
     """Return the keys that are known where a finding lies."""
     if "average" in path[:-1]:
         return Average.model_fields
+    if path[:1] == ["tokenizer"] and len(path) > 1:
+        return TokenizerSettings.model_fields
     if path[:1] == ["slices"] and len(path) > 2:
         return SliceSource.model_fields if path[2:3] == ["sources"] and len(path) > 4 else Slice.model_fields
     return ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields

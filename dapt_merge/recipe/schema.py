@@ -15,16 +15,35 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dapt_merge.checkpoints.token_sources import (
+    ModelEmbedding,
+    ModelToken,
+    TokenizerSettings,
+    TokenSource,
+    ZeroEmbedding,
+)
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method
 from dapt_merge.methods.registry import get_method
 from dapt_merge.recipe.parts import Part, check_additions, check_structure, compile_parts, same_model
 
+__all__ = [
+    "Average",
+    "ModelEmbedding",
+    "ModelInput",
+    "ModelToken",
+    "Recipe",
+    "Slice",
+    "SliceSource",
+    "TokenSource",
+    "TokenizerSettings",
+    "ZeroEmbedding",
+]
+
 DTYPES = ("float32", "bfloat16", "float16")
 # Valid mergekit keys that this version cannot honour: each with what to do instead.
 UNSUPPORTED_KEYS = {
     "modules": "List whole models under 'models:', or layers under 'slices:'.",
-    "tokenizer": "Use tokenizer_source: base, union or one of the models.",
     "chat_template": "Leave it out: the base's chat template is copied.",
 }
 
@@ -157,6 +176,8 @@ class Recipe(BaseModel):
     gradient_outer: Literal["last", "mergekit"] | None = None
     # Whose vocabulary the output has: "base", "union" or a model. None: all must have the same one.
     tokenizer_source: str | None = Field(default=None, min_length=1)
+    # The same in mergekit's longer form, with the rows of single tokens; one of the two.
+    tokenizer: TokenizerSettings | None = None
     # Our own from here on; mergekit knows none of them.
     # What the merged difference from the base is added to (an instruct model, say); None: the base itself.
     target: str | None = Field(default=None, min_length=1)
@@ -192,6 +213,13 @@ class Recipe(BaseModel):
             return get_method(self.merge_method)
         except InputError as error:
             raise InputError(error.what, where="merge_method", remedy=error.remedy) from None
+
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """What the output's vocabulary is to be, whichever key says so; None: that of all inputs, which must agree."""
+        if self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def output_dtype(self) -> str | None:

@@ -136,7 +136,7 @@ class TestKeys:
             ("dtype:", "seed: true\ndtype:", "a whole number is expected", "seed"),
             ("dtype:", "slices: []\ndtype:", "at least 1", "slices"),
             ("dtype:", "modules: {}\ndtype:", "not supported yet", "modules"),
-            ("dtype:", "tokenizer: {}\ndtype:", "not supported yet", "tokenizer"),
+            ("dtype:", "tokenizer: {sources: base}\ndtype:", "Did you mean 'source'", "tokenizer.sources"),
             ("dtype:", "gradient_outer: first\ndtype:", "'last' or 'mergekit'", "gradient_outer"),
         ],
     )
