@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Kind = Literal["attention", "mlp", "embedding", "norm", "head", "other"]
@@ -57,6 +58,7 @@ class TensorGroup:
     stack: Stack | None = None
 
 
+@lru_cache(maxsize=1 << 16)  # a plan asks for the same few hundred names again and again
 def tensor_group(name: str) -> TensorGroup:
     """Return the layer, kind and stack that a tensor's name states.
 

@@ -7,6 +7,7 @@ that `dapt-merge --help` answers at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 # In the order of the data flow, which is the order in which `--help` lists them.
@@ -25,8 +26,8 @@ _COMMANDS = (
 )
 
 
-def build_app():  # type: ignore[no-untyped-def]
-    """Assemble the Typer application from the command modules."""
+def build_app(names: Sequence[str] = _COMMANDS):  # type: ignore[no-untyped-def]
+    """Assemble the Typer application from the modules of these commands."""
     import typer
 
     app = typer.Typer(
@@ -45,7 +46,7 @@ def build_app():  # type: ignore[no-untyped-def]
             print(__version__)
             raise typer.Exit
 
-    for name in _COMMANDS:
+    for name in names:
         function = name.replace("-", "_")
         app.command(name)(getattr(import_module(f"dapt_merge.cli.{function}"), function))
     return app
@@ -66,7 +67,8 @@ def main() -> None:
     from dapt_merge.errors import DaptMergeError
 
     try:
-        build_app()()
+        # A command that is named needs no other's module; for anything else all are there, to be listed or suggested.
+        build_app([name for name in _COMMANDS if name in sys.argv[1:2]] or _COMMANDS)()
     except DaptMergeError as error:
         _print_error(error)
         sys.exit(error.exit_code)
