@@ -5,6 +5,7 @@ A key given twice is an error here, where YAML would silently take the last. Wha
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from pathlib import Path
@@ -86,7 +87,10 @@ def _text(path: Path, noun: str, remedy: str) -> str:
 
 
 def explained(
-    error: ValidationError, where: str | Path, fields_at: Callable[[tuple[int | str, ...]], list[str]]
+    error: ValidationError,
+    where: str | Path,
+    fields_at: Callable[[tuple[int | str, ...]], Sequence[str]],
+    remedy_at: Callable[[tuple[int | str, ...]], str | None] = lambda location: None,
 ) -> InputError:
     """Say the first of pydantic's findings in three parts; a misspelt key before the missing one that it causes.
 
@@ -94,24 +98,59 @@ def explained(
         error: what pydantic raised.
         where: the file.
         fields_at: the known keys of the section at a location.
+        remedy_at: what to do about an unknown key at a location, where the reader knows more than the known keys.
     """
     findings = error.errors(include_url=False)
     first = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
-    key = ".".join(str(part) for part in first["loc"])
-    place = f"{where}: {key}" if key else str(where)
-    known = fields_at(first["loc"][:-1])
+    location, given = first["loc"], first.get("input")
+    key = ".".join(str(part) for part in location)
+    place, name = (f"{where}: {key}", str(location[-1])) if location else (str(where), "")
     if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        remedy = f"Known keys here: {', '.join(known)}."
+        known = list(fields_at(location[:-1]))
+        remedy = remedy_at(location) or f"Known keys here: {', '.join(known)}."
         return InputError(f"unknown key '{name}'.{nearest(name, known)}", where=place, remedy=remedy)
     if first["type"] == "missing":
-        return InputError(f"the key '{key}' is missing", where=where, remedy=f"Add '{key}: …'.")
+        return InputError(f"the key '{name}' is missing", where=place, remedy=f"Add '{name}: …'.")
+    expected = _EXPECTED.get(first["type"])
+    if expected is not None:
+        start = f"{key}: " if key else ""
+        return InputError(
+            f"{start}{expected}, found {kind_of(given)}", where=place, remedy="Change the value to that type."
+        )
     message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    found = "" if first["type"] == "value_error" else f", found {given!r:.80}."
+    found = "" if first["type"] == "value_error" and isinstance(given, dict) else f" (found {reprlib.repr(given)})"
     choices = first.get("ctx", {}).get("expected", "") if first["type"] == "literal_error" else ""
     hint = nearest(str(given), [choice.strip(" '") for choice in choices.replace(" or ", ",").split(",")])
     return InputError(f"{key}: {message}{found}{hint}" if key else message, where=place, remedy="Correct the value.")
+
+
+_EXPECTED = {
+    "string_type": "a text is expected",
+    "int_type": "a whole number is expected",
+    "float_type": "a number is expected",
+    "bool_type": "true or false is expected",
+    "list_type": "a list is expected",
+    "dict_type": "a mapping of names to values is expected",
+    "model_type": "a mapping of keys to values is expected",
+    "model_attributes_type": "a mapping of keys to values is expected",
+}
+
+
+def located(reference: str, folder: Path) -> str:
+    """Return where a path written in a file leads: as seen from here, else from the file's own folder.
+
+    Args:
+        reference: what the file says; `~` is the home folder.
+        folder: where the file lies.
+
+    Returns:
+        The path, or `reference` as it is when neither place has it: it may be a hub id, or is missing.
+    """
+    expanded = os.path.expanduser(reference)
+    if os.path.exists(expanded) or os.path.isabs(expanded):
+        return expanded
+    beside = folder / expanded
+    return os.path.normpath(beside) if beside.exists() else reference
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import reprlib
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def build_recipe(
         _refuse_unsupported(edited)
         return Recipe.model_validate(edited)
     except ValidationError as error:
-        raise _explained(error, origin) from None
+        raise yaml_files.explained(error, origin, _fields_at, _remedy_at) from None
     except InputError as error:
         where = origin if error.where is None else f"{origin}: {error.where}"
         raise InputError(error.what, where=where, remedy=error.remedy) from None
@@ -170,14 +169,11 @@ def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Colle
     def located(reference: Any) -> Any:
         if not isinstance(reference, str) or not reference or reference in names:
             return reference
-        expanded = os.path.expanduser(reference)
-        if os.path.exists(expanded) or os.path.isabs(expanded):
-            return expanded
-        beside = folder / expanded
-        if not beside.exists() and "+" in reference:  # model+adapter
+        found = yaml_files.located(reference, folder)
+        if found == reference and "+" in reference and not os.path.exists(reference):  # model+adapter
             model, _, adapter = reference.rpartition("+")
             return f"{located(model)}+{located(adapter)}"
-        return os.path.normpath(beside) if beside.exists() else reference
+        return found
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
         for key in ("base_model", "target", "tokenizer_source") if entry is content else ("base_model", "model"):
@@ -206,47 +202,21 @@ def _refuse_unsupported(content: Mapping[str, Any]) -> None:
             raise InputError(f"'{key}' is a mergekit key that is not supported yet", where=key, remedy=remedy)
 
 
-def _explained(error: ValidationError, origin: str) -> InputError:
-    """Say the first of pydantic's findings in our own three parts; a misspelt key before the one it leaves missing."""
-    finding = min(error.errors(include_url=False), key=lambda finding: finding["type"] != "extra_forbidden")
-    path = [str(part) for part in finding["loc"]]
-    where = f"{origin}: {'.'.join(path)}" if path else origin
-    fields = _fields_at(path)
-    if finding["type"] == "extra_forbidden":
-        remedy = f"Known keys here: {', '.join(fields)}."
-        if fields is not Recipe.model_fields and path[-1] in ("weight", "density"):
-            remedy = f"Put it under the model's 'parameters:' ({'.'.join([*path[:-1], 'parameters', path[-1]])})."
-        return InputError(f"unknown key '{path[-1]}'.{nearest(path[-1], list(fields))}", where=where, remedy=remedy)
-    if finding["type"] == "missing":
-        return InputError(f"the key '{path[-1]}' is missing", where=where, remedy=f"Add '{path[-1]}: …' to the recipe.")
-    given = finding.get("input")
-    if finding["type"].endswith("_type"):
-        expected = _EXPECTED.get(finding["type"], finding["msg"])
-        return InputError(
-            f"'{path[-1] if path else 'recipe'}' is {yaml_files.kind_of(given)}; {expected}",
-            where=where,
-            remedy="Change the value to that type.",
-        )
-    message = finding["msg"].removeprefix("Value error, ")
-    return InputError(f"{message} (found {reprlib.repr(given)})", where=where, remedy="Correct the value.")
+def _remedy_at(location: tuple[int | str, ...]) -> str | None:
+    """Return where a model's own parameter belongs, for one that was written beside the model."""
+    *parents, name = map(str, location)
+    if not parents or name not in ("weight", "density"):
+        return None
+    return f"Put it under the model's 'parameters:' ({'.'.join([*parents, 'parameters', name])})."
 
 
-def _fields_at(path: Sequence[str]) -> Mapping[str, Any]:
-    """Return the keys that are known where a finding lies."""
-    if "average" in path[:-1]:
-        return Average.model_fields
-    if path[:1] == ["tokenizer"] and len(path) > 1:
-        return TokenizerSettings.model_fields
-    if path[:1] == ["slices"] and len(path) > 2:
-        return SliceSource.model_fields if path[2:3] == ["sources"] and len(path) > 4 else Slice.model_fields
-    return ModelInput.model_fields if path[:1] == ["models"] and len(path) > 1 else Recipe.model_fields
-
-
-_EXPECTED = {
-    "string_type": "a text is expected",
-    "int_type": "a whole number is expected",
-    "list_type": "a list is expected",
-    "dict_type": "a mapping of names to values is expected",
-    "model_type": "a mapping with the key 'model' is expected",
-    "model_attributes_type": "a mapping with the key 'model' is expected",
-}
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are known in the section at a location."""
+    path = [str(part) for part in location]
+    if "average" in path:
+        return list(Average.model_fields)
+    if path[:1] == ["tokenizer"]:
+        return list(TokenizerSettings.model_fields)
+    if path[:1] == ["slices"]:
+        return list((SliceSource if "sources" in path else Slice).model_fields)
+    return list((ModelInput if path[:1] == ["models"] else Recipe).model_fields)

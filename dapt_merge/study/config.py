@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.yaml_files import explained, parse_override, read_mapping, set_at
+from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
 
 SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "gp", "qmc", "random", "grid")
 MINIMISED_METRICS = ("bits_per_byte", "brier_score")
@@ -245,9 +245,9 @@ def _base(base: str, beside: Path, where: str) -> str:
 
 
 def _find(path: str, beside: Path, where: str) -> Path:
-    for candidate in (Path(path).expanduser(), beside / path):
-        if candidate.exists():
-            return candidate.absolute()
-    parent = Path(path).parent if Path(path).parent.is_dir() else beside
-    hint = nearest(Path(path).name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+    found = Path(located(path, beside))
+    if found.exists():
+        return found.absolute()
+    parent = found.parent if found.parent.is_dir() else beside
+    hint = nearest(found.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
     raise InputError(f"'{path}' does not exist.{hint}", where=where, remedy="Give an existing path.")

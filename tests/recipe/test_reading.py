@@ -118,7 +118,7 @@ class TestKeys:
             ("bfloat16", "bflaot16", "Did you mean 'bfloat16'?", "dtype"),
             ("merge_method: slerp", "merge_method: 3", "a text is expected", "merge_method"),
             ("models:\n  - model: b\n  - model: d", "models: d", "a list is expected", "models"),
-            ("- model: d", "- d", "a mapping with the key 'model'", "models.1"),
+            ("- model: d", "- d", "models.1: a mapping of keys to values is expected, found a text ('d')", "models.1"),
             ("- model: b\n  - model: d", "[]", "at least 1", "models"),
             ("base_model: b\n", "", "needs a base model", "base_model"),
             ("merge_method: slerp\n", "", "'merge_method' is missing", "merge_method"),
