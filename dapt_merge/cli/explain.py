@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from dapt_merge.merging.cost import Cost
     from dapt_merge.merging.explanation import ExplainedTensors
     from dapt_merge.merging.plan import MergePlan
+
+# A course of values over the layers with more turns than this is told by its range alone.
+_MOST_TURNS = 2
 
 
 def explain(
@@ -35,47 +39,68 @@ def explain(
 ) -> None:
     """Say what a recipe would do to every tensor, what has no effect, and what it would cost. Reads no weights.
 
+    Of several recipes in a file, all are explained, in the order in which they would be merged.
+
     dapt-merge explain recipes/ties.yaml density=0.3
     """
     from dapt_merge.cli.console import console, output, print_json
-    from dapt_merge.merging.cost import estimate_cost
+    from dapt_merge.merging.cost import estimate_cost, total_cost
     from dapt_merge.merging.explanation import explain as explain_plan
-    from dapt_merge.merging.plan import plan_merge
-    from dapt_merge.recipe import load_recipe
+    from dapt_merge.merging.explanation import plan_chain
+    from dapt_merge.recipe import load_recipes
 
-    plan = plan_merge(load_recipe(recipe, overrides or []))
-    lines = explain_plan(plan)
+    chain = load_recipes(recipe, overrides or [])
+    plans = plan_chain(chain)
+    explained = [(step.name, plan, explain_plan(plan)) for step, plan in zip(chain, plans, strict=True)]
     given = None if throughput is None else throughput * 1e9
-    cost = estimate_cost(plan, threads=threads, bytes_per_second=given)
+    costs = [estimate_cost(plan, threads=threads, bytes_per_second=given) for plan in plans]
     if json:
-        print_json(_as_json(plan, lines, cost))
+        print_json(_as_json(explained, costs))
         return
+    for name, plan, lines in explained:
+        if len(chain) > 1:
+            output.print("the result:" if plan is plans[-1] else f"{name}, used further down:", markup=False)
+        _print_recipe(plan, lines, all_tensors)
+        for warning in plan.warnings:
+            console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+    for line in _cost_lines(total_cost(costs)):
+        output.print(line, soft_wrap=True, markup=False)
+
+
+def _as_json(explained: list[tuple[str | None, MergePlan, list[ExplainedTensors]]], costs: list[Cost]) -> Any:
+    """One recipe is an object; several are a list of such objects under "recipes", with the cost of all of them."""
+    from dapt_merge.merging.cost import total_cost
+
+    found = [
+        {
+            "name": name,
+            "method": plan.recipe.merge_method,
+            "reference": plan.recipe.method.reference,
+            "inputs": list(plan.checkpoints),
+            "tensors": len(plan.jobs),
+            "elements": sum(job.elements for job in plan.jobs),
+            "warnings": list(plan.warnings),
+            "lines": [line.to_dict() for line in lines],
+            "cost": cost.to_dict(),
+        }
+        for (name, plan, lines), cost in zip(explained, costs, strict=True)
+    ]
+    return found[0] if len(found) == 1 else {"recipes": found, "cost": total_cost(costs).to_dict()}
+
+
+def _print_recipe(plan: MergePlan, lines: list[ExplainedTensors], all_tensors: bool) -> None:
+    from dapt_merge.cli.console import output
+    from dapt_merge.merging.explanation import layer_runs
+
     common = _common(lines)
     for line in _heading(plan, common):
         output.print(line, soft_wrap=True, markup=False)
-    if all_tensors:
-        settings = {name: line for line in lines for name in line.names}
-        for job in plan.jobs:
-            output.print(f"{job.name}: {_settings(settings[job.name], ())}", soft_wrap=True, markup=False)
-    else:
-        output.print(_table(lines, list(common)))
-    for line in _cost_lines(cost):
-        output.print(line, soft_wrap=True, markup=False)
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
-
-
-def _as_json(plan: MergePlan, lines: list[ExplainedTensors], cost: Cost) -> dict[str, Any]:
-    return {
-        "method": plan.recipe.merge_method,
-        "reference": plan.recipe.method.reference,
-        "inputs": list(plan.checkpoints),
-        "tensors": len(plan.jobs),
-        "elements": sum(job.elements for job in plan.jobs),
-        "warnings": list(plan.warnings),
-        "lines": [line.to_dict() for line in lines],
-        "cost": cost.to_dict(),
-    }
+    if not all_tensors:
+        output.print(_table(layer_runs(lines), list(common)))
+        return
+    own = {name: line for line in lines for name in line.names}
+    for job in plan.jobs:
+        output.print(f"{job.name}: {_settings([own[job.name]], ())}", soft_wrap=True, markup=False)
 
 
 def _common(lines: list[ExplainedTensors]) -> dict[str, object]:
@@ -97,24 +122,47 @@ def _heading(plan: MergePlan, common: dict[str, object]) -> list[str]:
     return [*lines, f"throughout: {_in_words(common)}"] if common else lines
 
 
-def _table(lines: list[ExplainedTensors], common: Collection[str]) -> Table:
+def _table(runs: list[list[ExplainedTensors]], common: Collection[str]) -> Table:
     from rich import box
     from rich.table import Table
 
+    from dapt_merge.merging.explanation import describe
+
+    everything = [name for run in runs for line in run for name in line.names]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("tensors", justify="right", no_wrap=True)
     table.add_column("which", overflow="fold")
     table.add_column("settings", overflow="fold")
-    for line in lines:
-        table.add_row(f"{len(line.names):,}", _escaped(line.where), _escaped(_settings(line, common)))
+    for run in runs:
+        names = [name for line in run for name in line.names]
+        table.add_row(f"{len(names):,}", _escaped(describe(names, everything)), _escaped(_settings(run, common)))
     return table
 
 
-def _settings(line: ExplainedTensors, common: Collection[str]) -> str:
+def _settings(run: list[ExplainedTensors], common: Collection[str]) -> str:
     """The values in words, without those that are common; then the output's dtype, and of what it is a copy."""
-    own = _in_words({name: value for name, value in line.settings.items() if name not in common})
-    copied = "" if line.copied_from is None else f"; a copy of {line.copied_from}"
-    return f"{own + ' ' if own else ''}→ {line.out_dtype}{copied}"
+    from dapt_merge.merging.explanation import layer_by_layer
+
+    first = run[0]
+    own = {name: [line.settings[name] for line in layer_by_layer(run)] for name in first.settings if name not in common}
+    values = ", ".join(f"{name} {_course(several)}" for name, several in own.items())
+    layered = ", layer by layer" if len(run) > 1 else ""
+    copied = "" if first.copied_from is None else f"; a copy of {first.copied_from}"
+    return f"{values + layered + ' ' if values else ''}→ {first.out_dtype}{copied}"
+
+
+def _course(values: Sequence[object]) -> str:
+    """Write one value, or those of several layers: the first, every turn, the last. Models are separated by slashes."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return "/".join(_course([v[model] for v in values if isinstance(v, tuple)]) for model in range(len(first)))
+    if all(value == first for value in values):
+        return _value(first)
+    numbers = [number for number, _ in groupby(value for value in values if isinstance(value, int | float))]
+    turns = [b for a, b, c in zip(numbers, numbers[1:], numbers[2:], strict=False) if (b - a) * (c - b) < 0]
+    if len(turns) > _MOST_TURNS:
+        return f"{_value(min(numbers))} to {_value(max(numbers))}"
+    return " … ".join(_value(number) for number in (numbers[0], *turns, numbers[-1]))
 
 
 def _in_words(settings: Mapping[str, object]) -> str:
@@ -127,7 +175,7 @@ def _value(value: object) -> str:
         return "/".join(_value(single) for single in value)
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cost_lines(cost: Cost) -> list[str]:

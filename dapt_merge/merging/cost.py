@@ -95,6 +95,21 @@ def estimate_cost(plan: MergePlan, *, threads: int | None = None, bytes_per_seco
     )
 
 
+def total_cost(costs: Sequence[Cost]) -> Cost:
+    """Return the cost of merges that run one after another and whose outputs all stay until the last is done."""
+    seconds = [cost.seconds for cost in costs]
+    read, written = sum(cost.bytes_read for cost in costs), sum(cost.bytes_written for cost in costs)
+    known = [value for value in seconds if value is not None]
+    return replace(
+        costs[-1],
+        bytes_read=read,
+        bytes_written=written,
+        memory_bytes=max(cost.memory_bytes for cost in costs),
+        bytes_per_second=(read + written) / sum(known) if len(known) == len(costs) else None,
+        grows=any(cost.grows for cost in costs),
+    )
+
+
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
     once = sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in _reads(job))
     return once * (1 + _READINGS_TO_TRIM) if job.parameters.values.get("trim_scope") == "model" else once

@@ -1,20 +1,28 @@
 """What a merge would do, told before any weight is read: settings tensor by tensor, warnings, bytes.
 
 The idea: tensors that are merged alike are one line, named by their groups and layers, so that a recipe for hundreds of
-tensors reads in a few lines and whatever a filter or a gradient singles out stands alone. What it costs, `cost` says;
-how it is shown, this module does not know.
+tensors reads in a few lines and whatever a filter singles out stands alone; lines that only follow a gradient from
+layer to layer can be taken together. Of several recipes in a file each is planned on the headers that the ones before
+it would write. What it costs, `cost` says; how it is shown, this module does not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from dapt_merge.checkpoints.companions import updated_config
 from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.groups import GROUPS, tensor_group, with_layer
-from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.errors import DaptMergeError
+from dapt_merge.merging.plan import MergePlan, TensorJob, plan_merge
 from dapt_merge.methods.contract import Source, TensorContext, Values
+from dapt_merge.recipe import NamedRecipe
+
+# Fewer layers than this are read as easily one by one.
+_SHORTEST_RUN = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,89 @@ def explain(plan: MergePlan) -> list[ExplainedTensors]:
         alike.setdefault(_kind_of_merge(job), []).append(job)
     everything = [job.name for job in plan.jobs]
     return [_explained(jobs, everything) for jobs in alike.values()]
+
+
+def plan_chain(chain: Sequence[NamedRecipe]) -> list[MergePlan]:
+    """Plan the recipes of a file one after another, each on the headers that the ones before it would write.
+
+    Raises:
+        InputError: as `plan_merge`.
+    """
+    made: dict[str, Checkpoint] = {}
+    plans = []
+    for step in chain:
+        plans.append(plan_merge(step.recipe, made))
+        if step.name is not None:
+            made[step.name] = _on_paper(plans[-1], step.name)
+    return plans
+
+
+def _on_paper(plan: MergePlan, name: str) -> Checkpoint:
+    """Return what a merge would write, as far as headers go."""
+
+    def read(tensor: str) -> NoReturn:
+        raise DaptMergeError(f"'{tensor}' of {name} is planned and not merged yet")
+
+    infos = [TensorInfo(job.name, job.out_dtype, job.shape, job.nbytes) for job in plan.jobs]
+    giver = plan.config_from
+    output = Checkpoint(
+        name,
+        read,
+        infos,
+        folder=giver.folder,
+        config=updated_config(giver.config, plan.main_dtype),
+        aliases={tied: owner for tied, owner in giver.aliases.items() if tied not in {info.name for info in infos}},
+    )
+    output.vocabulary_key = giver.vocabulary_key
+    return output
+
+
+def layer_runs(lines: Sequence[ExplainedTensors]) -> list[list[ExplainedTensors]]:
+    """Return the lines with those together that are the same tensors of several layers and differ in numbers alone.
+
+    A gradient gives every layer a line of its own; together they are one, that goes from its first value to its last.
+
+    Example:
+        >>> def line(layer, weight):
+        ...     name = f"model.layers.{layer}.mlp.up_proj.weight"
+        ...     return ExplainedTensors((name,), "", "linear", None, ("a",), None, {"weight": weight}, "float32", None)
+        >>> [len(run) for run in layer_runs([line(0, 0.1), line(1, 0.2), line(2, 0.3)])]
+        [3]
+    """
+    alike: dict[object, list[ExplainedTensors]] = {}
+    for line in lines:
+        alike.setdefault(_shape_of_line(line), []).append(line)
+    runs: list[list[ExplainedTensors]] = []
+    for several in alike.values():
+        runs += [several] if len(several) >= _SHORTEST_RUN else [[line] for line in several]
+    return runs
+
+
+def layer_by_layer(run: Sequence[ExplainedTensors]) -> list[ExplainedTensors]:
+    """Return for every layer of a run, in their order, the line that it is on; a run of one line as it is."""
+    if len(run) == 1:
+        return list(run)
+    lines = {tensor_group(name).layer or 0: line for line in run for name in line.names}
+    return [lines[layer] for layer in sorted(lines)]
+
+
+def _shape_of_line(line: ExplainedTensors) -> object:
+    """What lines of one run share: the same tensors in each of their layers, and all that is no number."""
+    groups = [tensor_group(name) for name in line.names]
+    stems: dict[int | None, set[str]] = {}
+    for name, group in zip(line.names, groups, strict=True):
+        stems.setdefault(group.layer, set()).add(with_layer(name, 0))
+    every = {frozenset(of_layer) for of_layer in stems.values()}
+    if None in stems or len(every) > 1 or len({group.stack for group in groups}) > 1:
+        return line.names
+    kinds = tuple((name, _without_numbers(value)) for name, value in line.settings.items())
+    return every.pop(), line.method, line.base, line.models, line.target, line.out_dtype, line.copied_from, kinds
+
+
+def _without_numbers(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(_without_numbers(single) for single in value)
+    return float if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def describe(names: Sequence[str], everything: Sequence[str]) -> str:

@@ -89,6 +89,28 @@ def test_the_table_fits_a_narrow_terminal_with_a_line_for_each_run_of_tensors():
     assert "throughout: dot_threshold 0.9995" in text
 
 
+def test_a_gradient_over_the_layers_is_one_line_with_its_course():
+    text = " ".join(
+        told(recipe(parameters={"t": [{"filter": "mlp", "value": [0.1, 0.9, 0.1]}, {"value": 0.3}]})).split()
+    )
+    assert "mlp of layers 0–31" in text
+    assert "t 0.1 … 0.8742 … 0.1, layer by layer" in text
+
+
+def test_every_recipe_of_a_file_is_explained_and_their_cost_added_up():
+    soup = {"name": "soup", "merge_method": "linear", "models": [{"model": "base"}, {"model": "dapt"}]}
+    soup["parameters"] = {"weight": 1}
+    with open("chain.yaml", "w") as file:
+        yaml.safe_dump_all([soup, {**soup, "name": "again", "models": [{"model": "soup"}, {"model": "dapt"}]}], file)
+    text = told("chain.yaml")
+    assert text.index("soup, used further down:") < text.index("the result:")
+    assert "models soup, dapt" in text
+    assert "reads 64.24 GB, writes 32.12 GB" in text
+    data = json.loads(run("chain.yaml", "--throughput", "1", "--json").stdout)
+    assert [found["name"] for found in data["recipes"]] == ["soup", "again"]
+    assert data["cost"]["seconds"] == pytest.approx(96.4, abs=0.1)
+
+
 def test_all_gives_every_tensor_a_line():
     text = told(recipe(), "--all")
     for name in shapes_of_an_8b_model():

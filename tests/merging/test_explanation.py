@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from merging_models import CONFIG
 
 from dapt_merge import load_recipe, make_recipe, open_checkpoint, plan_merge
-from dapt_merge.merging.cost import estimate_cost
-from dapt_merge.merging.explanation import describe, explain
+from dapt_merge.merging.chain import merge_chain
+from dapt_merge.merging.cost import estimate_cost, total_cost
+from dapt_merge.merging.explanation import describe, explain, layer_by_layer, layer_runs, plan_chain
+from dapt_merge.recipe import load_recipes
 
 LAYERS = 4
 STEMS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
@@ -88,6 +90,54 @@ def test_different_sets_of_tensors_have_different_descriptions(one, other):
         return describe([name for name in NAMES if name in names], NAMES)
 
     assert (words(one) == words(other)) == (one == other)
+
+
+def deep(layers):
+    names = [
+        f"model.layers.{n}.{end}" for n in range(layers) for end in ("mlp.up_proj.weight", "input_layernorm.weight")
+    ]
+    return open_checkpoint({name: torch.zeros(2, 2) for name in names} | {"model.embed_tokens.weight": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(("course", "expected"), [([0, 1], [0, 0.25, 0.5, 0.75, 1]), ([0, 1, 0], [0, 0.5, 1, 0.5, 0])])
+def test_layers_that_a_gradient_tells_apart_are_one_run_in_their_order(course, expected):
+    keys = {"merge_method": "slerp", "base_model": "b", "models": [{"model": "d"}]}
+    t = [{"filter": "mlp", "value": course}, {"value": 0.3}]
+    recipe = load_recipe({**keys, "parameters": {"t": t}})
+    lines = explain(plan_merge(recipe, {name: deep(5) for name in "bd"}))
+    runs = layer_runs([line for line in lines if line.copied_from is None])
+    assert sum(len(line.names) for run in layer_runs(lines) for line in run) == 11
+    inner = [value for value in expected if value not in (0, 1)]
+    found = [[line.settings["t"] for line in layer_by_layer(run)] for run in runs]
+    assert [0.3] in found
+    assert (inner in found) == (len(set(inner)) > 2)
+
+
+def test_recipes_that_use_each_other_are_planned_on_what_the_others_would_write(models, tmp_path):
+    path = tmp_path / "recipes.yaml"
+    path.write_text(
+        f"""
+name: soup
+merge_method: linear
+models: [{{model: {models["one"]}}}, {{model: {models["two"]}}}]
+parameters: {{weight: 1}}
+out_dtype: bfloat16
+---
+merge_method: task_arithmetic
+base_model: {models["base"]}
+models: [{{model: soup}}]
+parameters: {{weight: 0.5}}
+"""
+    )
+    chain = load_recipes(path)
+    soup, result = plan_chain(chain)
+    costs = [estimate_cost(plan, bytes_per_second=1e9) for plan in (soup, result)]
+    report = merge_chain(chain, tmp_path / "out")
+    assert (costs[1].bytes_read, costs[1].bytes_written) == (report.bytes_read, report.bytes_written)
+    total = total_cost(costs)
+    assert total.bytes_written == soup.nbytes + result.nbytes
+    assert total.seconds == pytest.approx(sum(cost.seconds for cost in costs))
+    assert explain(result)[0].models == ("soup",)
 
 
 def test_the_lines_are_json(models):
