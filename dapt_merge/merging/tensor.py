@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +22,15 @@ from dapt_merge.methods.apply import combine
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import is_finite
 
+RUN_ELEMENTS = 1 << 18  # of a result that is handed over piece by piece
 _PIECE_ELEMENTS = 1 << 18
+
+Place: TypeAlias = Callable[[int, int], Tensor]
+"""(begin, end) → where the elements begin…end−1 of the flattened result belong: 1-d, in the output's dtype.
+
+Asked for in order and without gaps, at most `RUN_ELEMENTS` at a time; the caller may have carried the content away by
+the time that the next one is asked for.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,27 @@ def merge_tensor(
         return merged
     out.copy_(merged.tensor)
     return replace(merged, tensor=out)
+
+
+def merge_tensor_in_runs(
+    job: TensorJob,
+    read: Callable[[str, str], Tensor],
+    seed: int,
+    place: Place,
+    *,
+    measure_rounding: bool = True,
+) -> tuple[Mapping[str, object], RoundingLoss | None]:
+    """Merge one tensor as `merge_tensor` does, bit for bit, and hand it over in runs: it need not exist as a whole.
+
+    Returns:
+        What the method noted, and what rounding lost.
+    """
+    merged = _merge(job, read, seed, measure_rounding)
+    flat = merged.tensor.reshape(-1)
+    for begin in range(0, flat.numel(), RUN_ELEMENTS):
+        end = min(begin + RUN_ELEMENTS, flat.numel())
+        place(begin, end).copy_(flat[begin:end])
+    return merged.notes, merged.rounding
 
 
 def _merge(job: TensorJob, read: Callable[[str, str], Tensor], seed: int, measure_rounding: bool) -> MergedTensor:
