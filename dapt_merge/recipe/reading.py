@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from dapt_merge import yaml_files
@@ -163,29 +164,61 @@ def _at(content: Any, path: Sequence[str]) -> Any:
     return content
 
 
+def relocated(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
+    """Return the recipe with every path or hub id in it replaced by what `locate` returns for it.
+
+    Each of a list of checkpoints is asked for alone; the two parts of `model+adapter` where the whole leads nowhere else.
+
+    Example:
+        >>> recipe = load_recipe({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b+c"}]}, ["weight=1"])
+        >>> moved = {"a": "old/a", "c": "new/c"}
+        >>> relocated(recipe, lambda path: moved.get(path, path)).references()
+        ('old/a', 'b+new/c')
+    """
+    content: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
+    _replace_paths(content, locate)
+    if recipe.tokenizer is not None:
+        content["tokenizer"] = recipe.tokenizer.with_models(locate).model_dump(exclude_none=True, exclude_defaults=True)
+    return Recipe.model_validate(content)
+
+
 def _locate_models(content: MutableMapping[str, Any], folder: Path, names: Collection[str]) -> None:
     """Replace each path that does not exist from here, but does from the recipe's own folder."""
+    _replace_paths(
+        content, lambda reference: reference if reference in names else yaml_files.located(reference, folder)
+    )
 
-    def located(reference: Any) -> Any:
-        if not isinstance(reference, str) or not reference or reference in names:
+
+def _replace_paths(content: MutableMapping[str, Any], locate: Callable[[str], str]) -> None:
+    def replaced(reference: Any) -> Any:
+        if not isinstance(reference, str) or not reference:
             return reference
-        found = yaml_files.located(reference, folder)
+        found = locate(reference)
         if found == reference and "+" in reference and not os.path.exists(reference):  # model+adapter
             model, _, adapter = reference.rpartition("+")
-            return f"{located(model)}+{located(adapter)}"
+            return f"{replaced(model)}+{replaced(adapter)}"
         return found
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
-        for key in ("base_model", "target", "tokenizer_source") if entry is content else ("base_model", "model"):
-            if key in entry:
-                entry[key] = located(entry[key])
-        average = entry.get("average")
-        if isinstance(average, MutableMapping) and isinstance(average.get("checkpoints"), list):
-            average["checkpoints"] = [located(reference) for reference in average["checkpoints"]]
+        for key in ("base_model", "target") if entry is content else ("base_model", "model"):
+            if key in entry and "checkpoints" not in (entry.get("average") or {}):
+                entry[key] = replaced(entry[key])
+        if entry is content and entry.get("tokenizer_source") not in (None, "base", "union"):
+            entry["tokenizer_source"] = replaced(entry["tokenizer_source"])
+        _replace_members(entry, replaced)
         parameters = entry.get("parameters")
         for name in _file_parameters(content) if isinstance(parameters, MutableMapping) else ():
             if name in parameters:
-                parameters[name] = located(parameters[name])
+                parameters[name] = replaced(parameters[name])
+
+
+def _replace_members(entry: MutableMapping[str, Any], replaced: Callable[[Any], Any]) -> None:
+    """Replace the checkpoints that an entry averages; the entry is named after them anew."""
+    average = entry.get("average")
+    if isinstance(average, MutableMapping) and isinstance(average.get("checkpoints"), list):
+        if entry.get("model") == ", ".join(map(str, average["checkpoints"])):
+            del entry["model"]
+        average["checkpoints"] = [replaced(reference) for reference in average["checkpoints"]]
 
 
 def _file_parameters(content: Mapping[str, Any]) -> list[str]:
