@@ -1,18 +1,17 @@
-"""Embeddings of models with different vocabularies, brought to one: row i means the same token in all of them.
+"""Which row of which model stands for which token, when models with different vocabularies are brought to one.
 
-The idea: fix the tokens of the output (the base's, another model's, or the union), and read each model's embedding and
-head with their rows gathered by token string. A row that a model lacks is the base's, or where the base lacks it too
-the mean of those that have it: then a model without a token moves nothing there, and a token of one model alone comes
-through unchanged. Rows without a token (padding) stay those of the model that gives the tokenizer. Tensors are gathered
-when they are read and never kept. What tokenizers do with text this module does not know.
+The idea: fix the tokens of the output (the base's, another model's, or the union), and say for each of its rows where
+the row lies in each model. A row that a model lacks is the base's, or where the base lacks it too the mean of those
+that have it: then a model without a token moves nothing there, and a token of one model alone comes through unchanged.
+Rows without a token (padding) are kept. A recipe may settle single tokens (`token_sources`). The rules for tokens are
+mergekit's; that padding is kept is ours. This module reads vocabularies and no weights: `gathering` does that.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from dapt_merge.checkpoints.companions import COMPANIONS
-from dapt_merge.checkpoints.groups import embedding_and_head, tensor_group
-from dapt_merge.checkpoints.vocabulary import token_ids
-from dapt_merge.errors import InputError
+from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.token_sources import ModelEmbedding, ModelToken, TokenizerSettings, TokenSource
+from dapt_merge.checkpoints.vocabulary import compare_ids, embedding_rows, token_ids
+from dapt_merge.errors import InputError, nearest
 
-_TOKENIZER_FILES = tuple(name for name in COMPANIONS if "token" in name or "vocab" in name or name == "merges.txt")
-_NAMED = 5
+# What a row gets in a model that has none of its own, where it is not the row of one certain model.
+ZERO, MEAN, MEAN_OF_OWN = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,18 @@ class Alignment:
     """The vocabulary of the output, and where each model has its rows.
 
     Attributes:
-        source: "union", or the reference of the model whose tokenizer the output carries.
-        folder: where that tokenizer lies.
+        source: "base", "union", or the reference of the model whose tokenizer the output carries.
+        folder: where that tokenizer lies; None for a model in memory.
         tokens: token → row in the output.
         rows: how many rows the output's embedding has, padding included.
-        places: reference → for each row of the output the model's own row, or −1.
-        added: tokens that the union adds to the tokenizer's own, in the order of their ids.
+        places: reference → for each row of the output the model's own row, or −1 where it gets another.
+        donors: for each row, what a model without its own gets: the position of another model in `places`, `ZERO`,
+            `MEAN` (of the models that have it) or `MEAN_OF_OWN` (of all the model's other rows: new padding).
+        donor_rows: the row of that other model.
+        added: tokens that the output's tokenizer does not have yet, in the order of their ids.
+        moved_ids: reference → own id → id in the output (None: dropped), for the ids that change.
+        report: reference → how its tokens fared: counts, and examples as token → [own id, id in the output].
+        notes: sentences for the report beside the counts.
     """
 
     source: str
@@ -48,8 +52,29 @@ class Alignment:
     tokens: Mapping[str, int]
     rows: int
     places: Mapping[str, Tensor]
+    donors: Tensor
+    donor_rows: Tensor
     added: tuple[str, ...]
+    moved_ids: Mapping[str, Mapping[int, int | None]]
     report: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Return one name for the output's tokens and for where every row of it comes from."""
+        total = xxhash.xxh3_128(json.dumps([self.rows, sorted(self.tokens.items())]).encode())
+        for part in (*self.places.values(), self.donors, self.donor_rows):
+            total.update(part.numpy().data)
+        return f"xxh3:{total.hexdigest()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the account of the output's vocabulary as JSON-ready data."""
+        return {
+            "source": self.source,
+            "tokens": len(self.tokens),
+            "rows": self.rows,
+            "added": len(self.added),
+            "fingerprint": self.fingerprint(),
+        }
 
     def sentences(self) -> list[str]:
         """Say for the report which models were changed, and how."""
@@ -59,180 +84,172 @@ class Alignment:
             for label, found in self.report.items()
             if found["moved"] or found["dropped"] or found["filled"]
         ]
-        return [f"tokenizer_source {self.source}: {line}" for line in lines]
-
-    def write_tokenizer(self, folder: Path) -> None:
-        """Replace the tokenizer files in an output folder by those that fit the merged rows."""
-        if self.folder is None:
-            return
-        for name in _TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
-            if (self.folder / name).is_file():
-                (folder / name).write_bytes((self.folder / name).read_bytes())
-        if self.added:
-            _add_tokens(folder, {token: self.tokens[token] for token in self.added})
+        return [f"tokenizer_source {self.source}: {line}" for line in (*lines, *self.notes)]
 
 
-def align(checkpoints: Mapping[str, Checkpoint], source: str) -> tuple[dict[str, Checkpoint], Alignment]:
-    """Return the checkpoints with the vocabulary that `source` names, and the account of it.
+def align(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) -> Alignment:
+    """Settle the output's vocabulary, and where each of its rows comes from.
 
     Args:
         checkpoints: reference → checkpoint, the base first.
-        source: "base", "union" or one of the references.
+        settings: whose tokens the output has; every model that it names is among the references.
 
     Raises:
-        InputError: a model's vocabulary cannot be read, or `source` is none of the models.
+        InputError: a model's vocabulary cannot be read, or the settings name a model or a token that is not there.
     """
-    first = next(iter(checkpoints))
-    giver = first if source in ("base", "union") else source
-    if giver not in checkpoints:
-        raise InputError(
-            f"tokenizer_source '{source}' is none of the models",
-            where="tokenizer_source",
-            remedy=f"Give base, union, or one of: {', '.join(checkpoints)}.",
-        )
+    giver = _giver(checkpoints, settings)
     rows = {label: _rows(checkpoint) for label, checkpoint in checkpoints.items()}
-    known = {label: _vocabulary(checkpoints, label, giver, rows) for label in checkpoints}
-    tokens = dict(known[giver])
-    added: list[str] = []
-    if source == "union":
-        added = [token for ids in known.values() for token in sorted(ids, key=lambda t: ids[t]) if token not in tokens]
-        added = list(dict.fromkeys(added))
-        start = max(tokens.values(), default=-1) + 1
-        tokens |= {token: start + number for number, token in enumerate(added)}
+    known, notes = _vocabularies(checkpoints, giver, rows)
+    tokens, added = _output_tokens(known, giver, settings)
     total = max(rows[giver], max(tokens.values(), default=-1) + 1)
-    padding = sorted(set(range(total)) - set(tokens.values()))
-    places = {label: _places(known[label], rows[label], tokens, padding, total) for label in checkpoints}
-    report = {label: _account(known[label], tokens, places[label]) for label in checkpoints}
-    alignment = Alignment(source, checkpoints[giver].folder, tokens, total, places, tuple(added), report)
-    return {label: _aligned(checkpoints, label, first, alignment) for label in checkpoints}, alignment
-
-
-def _rows(checkpoint: Checkpoint) -> int:
-    embedding, _ = embedding_and_head(checkpoint.tensors)
-    if embedding is None:
-        raise InputError(
-            "no embedding was found to align", where=checkpoint.label, remedy="Leave tokenizer_source out."
-        )
-    return checkpoint.tensors[embedding].shape[0]
-
-
-def _vocabulary(
-    checkpoints: Mapping[str, Checkpoint], label: str, giver: str, rows: Mapping[str, int]
-) -> dict[str, int]:
-    for name in (label, giver):
-        found = token_ids(checkpoints[name])
-        if found is not None and (name == label or rows[label] == rows[giver]):
-            return found
-    raise InputError(
-        "the model has no tokenizer.json, vocab.json or vocab.txt to align its rows by",
-        where=checkpoints[label].label,
-        remedy="Save its tokenizer beside it: AutoTokenizer.from_pretrained(source).save_pretrained(folder).",
+    total += -total % (settings.pad_to_multiple_of or 1)
+    places = {label: _places(known[label], rows[label], tokens, total) for label in checkpoints}
+    donors, donor_rows = _donors(places, tokens, total)
+    for token, entry in settings.tokens.items():
+        row = tokens[token]
+        if not entry.force and all(int(own[row]) >= 0 for own in places.values()):
+            notes.append(f"tokenizer.tokens.{token} changes nothing: every model has the token; 'force: true' would")
+        donors[row], donor_rows[row] = _donor(token, entry, known, rows)
+        for own in places.values() if entry.force else ():
+            own[row] = -1
+    nowhere = sorted(token for token, row in tokens.items() if donors[row] == ZERO and token not in settings.tokens)
+    if nowhere:
+        notes.append(f"{len(nowhere)} tokens have no row in any model and get zeros, the first is {nowhere[0]!r}")
+    return Alignment(
+        source=settings.source,
+        folder=checkpoints[giver].folder,
+        tokens=tokens,
+        rows=total,
+        places=places,
+        donors=donors,
+        donor_rows=donor_rows,
+        added=tuple(added),
+        moved_ids={label: _moved_ids(known[label], tokens) for label in checkpoints},
+        report={label: _account(known[label], rows[label], tokens, places[label]) for label in checkpoints},
+        notes=tuple(notes),
     )
 
 
-def _places(own: Mapping[str, int], rows: int, tokens: Mapping[str, int], padding: list[int], total: int) -> Tensor:
+def _giver(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) -> str:
+    """Return the model whose tokenizer the output starts from."""
+    for name in settings.models():
+        if name not in checkpoints:
+            key = "tokenizer_source" if name == settings.source else "tokenizer.tokens"
+            raise InputError(
+                f"'{name}' is none of the models.{nearest(name, tuple(checkpoints))}",
+                where=key,
+                remedy=f"Give {'base, union, or ' * (name == settings.source)}one of: {', '.join(checkpoints)}.",
+            )
+    return next(iter(checkpoints)) if settings.source in ("base", "union") else settings.source
+
+
+def _rows(checkpoint: Checkpoint) -> int:
+    rows = embedding_rows(checkpoint)
+    if rows is None:
+        raise InputError(
+            "no embedding was found to align", where=checkpoint.label, remedy="Leave tokenizer_source out."
+        )
+    return rows
+
+
+def _vocabularies(
+    checkpoints: Mapping[str, Checkpoint], giver: str, rows: Mapping[str, int]
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return reference → token → id; one without a tokenizer has the giver's if it has as many rows, and is named."""
+    known, notes = {}, []
+    for label, checkpoint in checkpoints.items():
+        found = token_ids(checkpoint)
+        if found is None and rows[label] == rows[giver]:
+            found = token_ids(checkpoints[giver])
+            notes.append(f"{label} has no tokenizer beside it and is taken to have that of {giver}")
+        if found is None:
+            raise InputError(
+                "the model has no tokenizer to align its rows by (no tokenizer.json, vocab.json, vocab.txt or"
+                " tokenizer.model)",
+                where=checkpoint.label,
+                remedy="Save its tokenizer beside it: AutoTokenizer.from_pretrained(source).save_pretrained(folder).",
+            )
+        known[label] = found
+    return known, notes
+
+
+def _output_tokens(
+    known: Mapping[str, Mapping[str, int]], giver: str, settings: TokenizerSettings
+) -> tuple[dict[str, int], list[str]]:
+    """Return token → row of the output, and the tokens among them that the giver's tokenizer lacks."""
+    tokens = dict(known[giver])
+    new: dict[str, None] = {}
+    if settings.source == "union":
+        for ids in known.values():
+            new |= dict.fromkeys(token for token in sorted(ids, key=lambda t: ids[t]) if token not in tokens)
+    new |= dict.fromkeys(token for token in settings.tokens if token not in tokens)
+    start = max(tokens.values(), default=-1) + 1
+    return tokens | {token: start + number for number, token in enumerate(new)}, list(new)
+
+
+def _places(own: Mapping[str, int], rows: int, tokens: Mapping[str, int], total: int) -> Tensor:
     """Return for each row of the output the row of one model that means the same, or −1."""
     places = torch.full((total,), -1, dtype=torch.int64)
     for token, row in tokens.items():
         found = own.get(token, -1)
         places[row] = found if found < rows else -1
     used = set(own.values())
-    for row in padding:
-        if row < rows and row not in used:
-            places[row] = row
+    padding = sorted(set(range(min(total, rows))) - set(tokens.values()) - used)
+    places[padding] = torch.tensor(padding, dtype=torch.int64)
     return places
 
 
-def _account(own: Mapping[str, int], tokens: Mapping[str, int], places: Tensor) -> dict[str, Any]:
-    moved = [token for token, row in own.items() if token in tokens and tokens[token] != row]
-    dropped = [token for token in own if token not in tokens]
+def _donors(places: Mapping[str, Tensor], tokens: Mapping[str, int], total: int) -> tuple[Tensor, Tensor]:
+    """Return what a model without a row of its own gets: the base's, the only one's, or the mean of those there are."""
+    table = torch.stack(list(places.values()))
+    has = table >= 0
+    count = has.sum(dim=0)
+    # The first model that has the row: the base where it has it, else the only one; several others are averaged.
+    donors = has.to(torch.int8).argmax(dim=0)
+    donor_rows = table.gather(0, donors[None])[0]
+    donors[(count > 1) & ~has[0]] = MEAN
+    donors[count == 0] = ZERO
+    padding = torch.ones(total, dtype=torch.bool)
+    padding[list(tokens.values())] = False
+    donors[padding & (count == 0)] = MEAN_OF_OWN
+    return donors, donor_rows
+
+
+def _donor(
+    token: str, entry: TokenSource, known: Mapping[str, Mapping[str, int]], rows: Mapping[str, int]
+) -> tuple[int, int]:
+    """Return the donor and its row that the recipe settles for one token."""
+    if not isinstance(entry, ModelEmbedding | ModelToken):
+        return ZERO, -1
+    model = entry.source if isinstance(entry, ModelEmbedding) else entry.model
+    wanted = token if isinstance(entry, ModelEmbedding) else entry.token
+    row = known[model].get(wanted) if wanted is not None else getattr(entry, "token_id", None)
+    if row is None or row >= rows[model]:
+        what = f"no token {wanted!r}" if wanted is not None else f"no row {row}: it has {rows[model]}"
+        hint = "" if wanted is None else nearest(wanted, tuple(known[model]))
+        raise InputError(
+            f"{model} has {what}.{hint}",
+            where=f"tokenizer.tokens.{token}",
+            remedy="Name a token that the model has, another model, or {kind: zero}.",
+        )
+    return list(known).index(model), int(row)
+
+
+def _moved_ids(own: Mapping[str, int], tokens: Mapping[str, int]) -> dict[int, int | None]:
+    return {row: tokens.get(token) for token, row in own.items() if tokens.get(token) != row}
+
+
+def _account(own: Mapping[str, int], rows: int, tokens: Mapping[str, int], places: Tensor) -> dict[str, Any]:
+    found = compare_ids(own, tokens)
+    of_tokens = places[list(tokens.values())]
+    moved: dict[str, list[int | None]] = {token: list(ids) for token, ids in found.moved_examples.items()}
+    dropped: dict[str, list[int | None]] = {token: [row, None] for token, row in found.base_examples.items()}
     return {
         "tokens": len(own),
-        "moved": len(moved),
-        "dropped": len(dropped),
-        "filled": int((places < 0).sum()),
-        "examples": [*moved[:_NAMED], *dropped[:_NAMED]],
+        "rows": rows,
+        "same": found.same,
+        "moved": found.moved,
+        "dropped": found.only_in_base,
+        "filled": int((of_tokens < 0).sum()),
+        "examples": moved | dropped,
     }
-
-
-def _aligned(checkpoints: Mapping[str, Checkpoint], label: str, first: str, alignment: Alignment) -> Checkpoint:
-    """Return a checkpoint whose tensors over the vocabulary have the output's rows."""
-    own = checkpoints[label]
-    key = xxhash.xxh3_128_hexdigest(json.dumps([alignment.rows, sorted(alignment.tokens.items())]).encode())
-    identity = torch.equal(alignment.places[label], torch.arange(_rows(own))) if alignment.rows == _rows(own) else False
-    names = set() if identity else _over_the_vocabulary(own)
-
-    def read(name: str) -> Tensor:
-        return _gathered(checkpoints, label, first, name, alignment) if name in names else own.read_stored(name)
-
-    infos = [_resized(info, alignment.rows) if name in names else info for name, info in own.tensors.items()]
-    config = {**own.config, "vocab_size": alignment.rows} if "vocab_size" in own.config else own.config
-    aligned = Checkpoint(
-        own.label, read, infos, folder=own.folder, config=config, aliases=own.aliases, remarks=own.remarks
-    )
-    aligned.vocabulary_key = key
-    return aligned
-
-
-def _over_the_vocabulary(checkpoint: Checkpoint) -> set[str]:
-    """Return the tensors with a row for each token: embedding, head, and the head's bias."""
-    embedding, head = embedding_and_head(checkpoint.tensors)
-    rows = _rows(checkpoint)
-    biases = {
-        name for name, info in checkpoint.tensors.items() if info.shape == (rows,) and tensor_group(name).kind == "head"
-    }
-    return biases | {name for name in (embedding, head) if name is not None}
-
-
-def _resized(info: TensorInfo, rows: int) -> TensorInfo:
-    shape = (rows, *info.shape[1:])
-    return replace(
-        info,
-        dtype=torch.float32,
-        shape=shape,
-        nbytes=4 * math.prod(shape),
-        stored_dtype=info.stored_dtype or info.dtype,
-    )
-
-
-def _gathered(checkpoints: Mapping[str, Checkpoint], label: str, first: str, name: str, alignment: Alignment) -> Tensor:
-    """Return one model's rows in the order of the output; missing ones from the base, else the mean of the others."""
-    own = checkpoints[label].read(name)
-    result = torch.zeros((alignment.rows, *own.shape[1:]))
-    missing = _fill(result, own, alignment.places[label], torch.arange(alignment.rows))
-    if label != first and len(missing):
-        missing = _fill(result, checkpoints[first].read(name), alignment.places[first], missing)
-    count = torch.zeros(len(missing))
-    for other, checkpoint in checkpoints.items() if len(missing) else ():
-        places = alignment.places[other][missing]
-        has = places >= 0
-        if bool(has.any()) and other != first:
-            result[missing[has]] += checkpoint.read(name)[places[has]].float()
-            count += has
-    if len(missing):
-        result[missing] /= count.clamp(min=1).reshape(-1, *([1] * (own.dim() - 1)))
-    return result
-
-
-def _fill(result: Tensor, source: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
-    """Copy the wanted rows that the source has; return those that it has not."""
-    found = places[wanted]
-    has = found >= 0
-    result[wanted[has]] = source[found[has]].float()
-    return wanted[~has]
-
-
-def _add_tokens(folder: Path, added: Mapping[str, int]) -> None:
-    """Enter the union's tokens into tokenizer.json as added tokens: they are matched as whole strings."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(
-            "a union of vocabularies can only be written to a tokenizer.json",
-            where=folder,
-            remedy="Save the base's tokenizer as a fast one (tokenizer.json), or use tokenizer_source: base.",
-        )
-    content = json.loads(path.read_text(encoding="utf-8"))
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    content.setdefault("added_tokens", []).extend({"id": row, "content": t, **plain} for t, row in added.items())
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -90,6 +90,8 @@ class Checkpoint:
         self.remarks = tuple(remarks)
         # Set where embeddings were aligned: equal keys mean equal tokens in equal rows, whatever the files say.
         self.vocabulary_key: str | None = None
+        # There too: own token id → its id now (None: the token is dropped), for those that changed.
+        self.moved_ids: Mapping[int, int | None] = {}
         self._reader = reader
         self._digests: dict[str, bytes] = {}
 

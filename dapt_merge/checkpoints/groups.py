@@ -133,6 +133,32 @@ def embedding_and_head(names: Iterable[str]) -> tuple[str | None, str | None]:
     return embedding, head
 
 
+# Beside embedding and head these have an entry for each token; of BART's the tokens are the second dimension.
+_VOCABULARY_BIASES = (
+    "cls.predictions.bias",
+    "cls.predictions.decoder.bias",
+    "generator_lm_head.bias",
+    "lm_head.bias",
+    "lm_head.decoder.bias",
+    "embed_out.bias",
+    "vocab_projector.bias",
+)
+
+
+def vocabulary_axis(name: str) -> int | None:
+    """Return the dimension of a tensor that counts the tokens, or None for one that has no place for each token.
+
+    Example:
+        >>> vocabulary_axis("model.embed_tokens.weight"), vocabulary_axis("final_logits_bias"), vocabulary_axis("norm")
+        (0, 1, None)
+    """
+    if name.endswith("final_logits_bias"):
+        return 1
+    per_token = (*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS, *_VOCABULARY_BIASES)
+    found = name in ("decoder.weight", "decoder.bias") or any(f".{name}".endswith(f".{end}") for end in per_token)
+    return 0 if found else None
+
+
 def second_names(names: Iterable[str]) -> dict[str, str]:
     """Return second name → first, for the pairs among `names` that every model class keeps as one parameter.
 

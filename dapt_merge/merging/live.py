@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, config_value
+from dapt_merge.checkpoints.companions import generation_settings
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.errors import InputError
 
@@ -45,8 +46,9 @@ def model_from_config(source: Checkpoint, dtype: torch.dtype) -> PreTrainedModel
             raise _cannot_build(source, str(error)) from error
     model.tie_weights()
     _untie_what_is_stored_apart(model, source)
-    if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    generation = generation_settings(source)
+    if generation is not None:
+        model.generation_config = GenerationConfig.from_dict(generation)
     return model.eval()
 
 

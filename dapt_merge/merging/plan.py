@@ -18,9 +18,9 @@ from torch import Tensor
 from dapt_merge.checkpoints.alignment import Alignment, align
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
+from dapt_merge.checkpoints.gathering import aligned_checkpoints
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
-from dapt_merge.checkpoints.token_sources import TokenizerSettings
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
@@ -142,23 +142,15 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     opened = open_inputs(recipe, checkpoints or {})
     alignment = None
     if recipe.vocabulary is not None:
-        _refuse_unaligned(recipe.vocabulary)
         settings = recipe.vocabulary.with_models(lambda name: _spelled_in(opened, name))
-        opened, alignment = align(opened, settings.source)
+        alignment = align(opened, settings)
+        opened = aligned_checkpoints(opened, alignment)
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.slices is not None, allow_mismatch=recipe.allow_config_mismatch)
     plan = plan_from(recipe, opened, found)
     if alignment is None:
         return plan
     return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
-
-
-def _refuse_unaligned(settings: TokenizerSettings) -> None:
-    for key in ("tokens", "pad_to_multiple_of"):
-        if getattr(settings, key):
-            raise InputError(
-                f"'tokenizer.{key}' is not carried out yet", where=f"tokenizer.{key}", remedy="Leave it out."
-            )
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:

@@ -15,6 +15,7 @@ from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.checkpoints.checkpoint import content_fingerprint, tensor_digest
 from dapt_merge.checkpoints.companions import copy_companions
 from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.tokenizer_files import write_tokenizer
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
@@ -66,7 +67,7 @@ def merge_to_disk(
             )
         copy_companions(plan.config_from, folder, plan.main_dtype)
         if plan.alignment is not None:
-            plan.alignment.write_tokenizer(folder)
+            write_tokenizer(plan.alignment, plan.checkpoints.values(), folder)
         report = build_report(
             plan,
             outcomes,
