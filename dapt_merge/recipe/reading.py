@@ -167,7 +167,7 @@ def _at(content: Any, path: Sequence[str]) -> Any:
 def relocated(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
     """Return the recipe with every path or hub id in it replaced by what `locate` returns for it.
 
-    Each of a list of checkpoints is asked for alone; the two parts of `model+adapter` where the whole leads nowhere else.
+    Each of a list of checkpoints is asked for alone, and so are the parts of a `model+adapter` that stays as it is.
 
     Example:
         >>> recipe = load_recipe({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b+c"}]}, ["weight=1"])
