@@ -1,30 +1,36 @@
 """Writes a safetensors checkpoint in shards, its tensors in any order and by several threads.
 
-The headers depend on names, dtypes and shapes alone, so every file is laid out and preallocated before the first tensor
-is computed; each tensor then goes to its own place with positioned writes. The same tensors give the same bytes,
-whatever the order and the number of threads. Atomicity is the caller's: write into a folder of `atomic_folder`.
+The headers depend on names, dtypes and shapes alone, so every file is laid out and its space is taken before the first
+tensor is computed; each tensor then goes to its own place, in runs, while the next run is computed. The same tensors
+give the same bytes, whatever the order and the number of threads. How bytes reach the disk, `staging` knows. Atomicity
+is the caller's: write into a folder of `atomic_folder`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-from collections.abc import Sequence
+import mmap
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import tensor_bytes
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_NAMES, dtype_name
+from dapt_merge.checkpoints.staging import BLOCK_BYTES, OutputFile, Staging
+from dapt_merge.checkpoints.threads import default_threads
 from dapt_merge.errors import DaptMergeError, InputError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_RUN_BYTES = 1 << 20  # of a tensor that is there as a whole
 
 
 class TensorSpec(Protocol):
@@ -52,6 +58,17 @@ class _Place:
     shape: tuple[int, ...]
 
 
+class _Shard:
+    """A file, what is still to come, and the writes under way."""
+
+    def __init__(self, file: OutputFile, names: Collection[str]) -> None:
+        self.file = file
+        self.missing = set(names)
+        self.writes: list[Future[None]] = []
+        self.finished: Future[None] | None = None
+        self.lock = threading.Lock()
+
+
 class CheckpointWriter:
     """A checkpoint folder being filled: `model.safetensors`, or shards of at most `shard_bytes` and their index.
 
@@ -61,6 +78,10 @@ class CheckpointWriter:
         folder: an existing folder.
         tensors: name, dtype and shape of every tensor that will be written, in the order of the shards.
         shard_bytes: upper bound of the tensor bytes in one file.
+        threads: how many threads will write (default: the CPUs this process may use); buffers are made for them.
+        finished_files: names of files that an earlier writer of the same tensors has finished in this folder; their
+            tensors are not to be written again.
+        on_finished: called with (file name, its tensors' names) once a file is on the disk, from a writing thread.
 
     Raises:
         InputError: a dtype that safetensors cannot hold.
@@ -70,50 +91,80 @@ class CheckpointWriter:
         >>> import tempfile; from dapt_merge.checkpoints import TensorInfo
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with CheckpointWriter(Path(folder), [TensorInfo("w", torch.float32, (2,), 8)]) as writer:
-        ...         writer.write("w", torch.ones(2))
+        ...         digest = writer.write("w", torch.ones(2))
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['model.safetensors']
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[TensorSpec], *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[TensorSpec],
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        threads: int | None = None,
+        finished_files: Collection[str] = (),
+        on_finished: Callable[[str, tuple[str, ...]], None] | None = None,
+    ) -> None:
         self._folder = folder
-        shards = _split_into_shards(tensors, shard_bytes)
-        count = len(shards)
-        self.files = tuple(
-            "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            for number in range(1, count + 1)
-        )
+        self._on_finished = on_finished
+        layout = split_into_shards(tensors, shard_bytes)
+        self.files = shard_files(len(layout))
+        self._names = [tuple(spec.name for spec in shard) for shard in layout]
         self._places: dict[str, _Place] = {}
-        self._written: set[str] = set()
-        self._descriptors: list[int] = []
+        self._shards: dict[int, _Shard] = {}
+        self._staging = Staging(threads or default_threads())
         try:
-            for number, shard in enumerate(shards):
-                self._descriptors.append(self._lay_out(number, shard))
+            for number, shard in enumerate(layout):
+                header, nbytes = self._lay_out(number, shard)
+                if self.files[number] not in finished_files:
+                    self._open(number, header, nbytes)
         except BaseException:
             self._close_files()
             raise
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place; dtype and shape must be those announced. Safe to call from any thread."""
+    def stream(self, name: str) -> TensorStream:
+        """Return the way in for one tensor's runs; each tensor once, several tensors in several threads."""
+        place = self._places[name]
+        return TensorStream(self, name, place, self._shards[place.shard].file, self._staging)
+
+    def write(self, name: str, tensor: Tensor) -> bytes:
+        """Write one tensor to its place, from any thread, and return the digest of its bytes.
+
+        Raises:
+            DaptMergeError: dtype or shape are not those announced.
+        """
         place = self._places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise DaptMergeError(
                 f"tensor '{name}' was announced as {dtype_name(place.dtype)} {place.shape}, "
                 f"but {dtype_name(tensor.dtype)} {tuple(tensor.shape)} came"
             )
-        _write_at(self._descriptors[place.shard], tensor_bytes(tensor.cpu()), place.offset)
-        self._written.add(name)
+        content = tensor_bytes(tensor.cpu())
+        with self.stream(name) as stream:
+            for begin in range(0, place.nbytes, _RUN_BYTES):
+                run = content[begin : begin + _RUN_BYTES]
+                stream.take(len(run))[:] = run
+        return stream.digest
 
     def close(self) -> None:
-        """Write the index and close the files.
+        """Wait for the disk, write the index and close the files.
 
         Raises:
             DaptMergeError: a tensor that was announced has not been written.
+            OSError: a write failed.
         """
-        self._close_files()
-        missing = [name for name in self._places if name not in self._written]
+        try:
+            for shard in self._shards.values():
+                for write in list(shard.writes):
+                    write.result()
+                if shard.finished is not None:
+                    shard.finished.result()
+        finally:
+            self._close_files()
+        missing = [name for shard in self._shards.values() for name in shard.missing]
         if missing:
-            raise DaptMergeError(f"{len(missing)} tensors were never written, the first is '{missing[0]}'")
+            raise DaptMergeError(f"{len(missing)} tensors were never written, the first is '{min(missing)}'")
         if len(self.files) > 1:
             self._write_index()
 
@@ -128,33 +179,71 @@ class CheckpointWriter:
         else:
             self._close_files()
 
-    def _lay_out(self, number: int, shard: Sequence[TensorSpec]) -> int:
-        """Create one file with its header, reserve its space, and return its descriptor."""
+    def _lay_out(self, number: int, shard: Sequence[TensorSpec]) -> tuple[bytes, int]:
+        """Settle where each tensor of a file lies, and return the file's header and length."""
         # Wider dtypes first keeps every tensor aligned to its own element size.
         ordered = sorted(shard, key=lambda spec: -spec.dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[str, int] = {}
         end = 0
         for spec in ordered:
             start, end = end, end + _nbytes(spec)
+            offsets[spec.name] = start
             header[spec.name] = {
                 "dtype": SAFETENSORS_NAMES[spec.dtype],
                 "shape": list(spec.shape),
                 "data_offsets": [start, end],
             }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        # Data that begins with a block can be written past the page cache, and read by whole pages.
+        text += b" " * (-(8 + len(text)) % BLOCK_BYTES)
         data_starts = 8 + len(text)
         for spec in ordered:
-            start = header[spec.name]["data_offsets"][0]  # type: ignore[index]
-            self._places[spec.name] = _Place(number, data_starts + start, _nbytes(spec), spec.dtype, tuple(spec.shape))
-        descriptor = os.open(self._folder / self.files[number], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            _reserve(descriptor, data_starts + end)
-            _write_at(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
+            place = _Place(number, data_starts + offsets[spec.name], _nbytes(spec), spec.dtype, tuple(spec.shape))
+            self._places[spec.name] = place
+        return len(text).to_bytes(8, "little") + text, data_starts + end
+
+    def _open(self, number: int, header: bytes, nbytes: int) -> None:
+        path = self._folder / self.files[number]
+        path.unlink(missing_ok=True)  # what an interrupted writer left half done
+        shard = self._shards[number] = _Shard(OutputFile(path, nbytes), self._names[number])
+        shard.file.keep(header, 0)
+        if not shard.missing:
+            shard.finished = self._staging.submit(lambda: self._finish(number))
+
+    def _carry(self, place: _Place, buffer: mmap.mmap, first: int, end: int, origin: int) -> None:
+        """Let a writing thread put the bytes first…end−1 of a buffer into the file, and free the buffer."""
+        shard = self._shards[place.shard]
+
+        def carry() -> None:
+            try:
+                with memoryview(buffer) as whole, whole[first:end] as content:
+                    shard.file.write(content, origin + first)
+            finally:
+                self._staging.give(buffer)
+
+        with shard.lock:
+            for write in [write for write in shard.writes if write.done()]:
+                shard.writes.remove(write)
+                write.result()
+            shard.writes.append(self._staging.submit(carry))
+
+    def _complete(self, name: str) -> None:
+        """Note that a tensor is under way to the disk as a whole; the last one of a file finishes the file."""
+        number = self._places[name].shard
+        shard = self._shards[number]
+        with shard.lock:
+            shard.missing.discard(name)
+            if not shard.missing and shard.finished is None:
+                shard.finished = self._staging.submit(lambda: self._finish(number))
+
+    def _finish(self, number: int) -> None:
+        shard = self._shards[number]
+        for write in list(shard.writes):
+            write.result()  # submitted earlier, so running or done: this wait ends
+        shard.file.finish()
+        if self._on_finished is not None:
+            self._on_finished(self.files[number], self._names[number])
 
     def _write_index(self) -> None:
         index = {
@@ -165,11 +254,126 @@ class CheckpointWriter:
         (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _close_files(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        self._staging.close()
+        for shard in self._shards.values():
+            shard.file.close()
 
 
-def _split_into_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+class TensorStream:
+    """One tensor's way into its file: ask for room, fill it, ask for more. It is hashed while it is in the cache.
+
+    Leave the `with` block once everything is filled; after that, `digest` is the XXH3 128-bit digest of the bytes.
+    """
+
+    def __init__(self, writer: CheckpointWriter, name: str, place: _Place, file: OutputFile, staging: Staging) -> None:
+        self._writer, self._name, self._place, self._file, self._staging = writer, name, place, file, staging
+        self._hash = xxhash.xxh3_128()
+        self._buffer: mmap.mmap | None = None
+        self._view = memoryview(b"")
+        self._origin = place.offset  # where in the file the buffer begins
+        self._filled = 0  # bytes of the buffer that are filled
+        self._open_from = 0  # from here on they are not hashed yet
+        self._taken = 0
+
+    def place(self, begin: int, end: int) -> Tensor:
+        """Return where the elements begin…end−1 go: a 1-d tensor that is the caller's until the next one is asked for.
+
+        Elements are asked for in order and without gaps.
+        """
+        itemsize = self._place.dtype.itemsize
+        if begin * itemsize != self._taken:
+            raise ValueError(f"tensor {self._name}: element {begin} is asked for, {self._taken // itemsize} is next")
+        return torch.frombuffer(self.take((end - begin) * itemsize), dtype=self._place.dtype)
+
+    def take(self, nbytes: int) -> memoryview:
+        """Return room for the next bytes; see `place`."""
+        self._hash_filled()
+        if self._buffer is None:
+            self._start(self._place.offset)
+        if self._filled + nbytes > self._staging.buffer_bytes:
+            self._flush()
+        start = self._filled
+        self._filled += nbytes
+        self._taken += nbytes
+        if self._filled > self._staging.buffer_bytes or self._taken > self._place.nbytes:
+            raise ValueError(f"tensor {self._name}: {nbytes} bytes are asked for at once, or more than it has")
+        return self._view[start : self._filled]
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of the bytes, once the stream is left."""
+        return self._hash.digest()
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._hash_filled()
+            if self._taken != self._place.nbytes:
+                raise ValueError(f"tensor {self._name}: {self._taken} bytes came, {self._place.nbytes} were announced")
+            self._flush(last=True)
+            self._writer._complete(self._name)
+        self._view = memoryview(b"")
+        if self._buffer is not None:
+            self._staging.give(self._buffer)
+            self._buffer = None
+
+    def _hash_filled(self) -> None:
+        self._hash.update(self._view[self._open_from : self._filled])
+        self._open_from = self._filled
+
+    def _start(self, offset: int) -> None:
+        """Begin a buffer so that what lies at a block's start in the file lies at one in the buffer."""
+        self._buffer = self._staging.take()
+        self._view = memoryview(self._buffer)
+        self._filled = self._open_from = offset % BLOCK_BYTES
+        self._origin = offset - self._filled
+
+    def _flush(self, last: bool = False) -> None:
+        """Send whole blocks on their way; keep what is before the first and, at the end, after the last of them."""
+        buffer = self._buffer
+        if buffer is None:
+            return
+        head = self._place.offset - self._origin if self._origin < self._place.offset else 0
+        first = -(-head // BLOCK_BYTES) * BLOCK_BYTES
+        whole = self._filled // BLOCK_BYTES * BLOCK_BYTES
+        if head:
+            self._file.keep(bytes(self._view[head : min(first, self._filled)]), self._place.offset)
+        rest = bytes(self._view[max(whole, first) : self._filled])
+        rest_at = self._origin + max(whole, first)
+        self._buffer = None
+        if whole > first:
+            self._carry_away(buffer, first, whole)
+        else:
+            self._staging.give(buffer)
+        if last:
+            if rest:
+                self._file.keep(rest, rest_at)
+            return
+        self._start(rest_at)
+        self._view[: len(rest)] = rest
+        self._filled = self._open_from = len(rest)
+
+    def _carry_away(self, buffer: mmap.mmap, first: int, whole: int) -> None:
+        self._writer._carry(self._place, buffer, first, whole, self._origin)
+
+
+def shard_files(count: int) -> tuple[str, ...]:
+    """Return the names of so many weight files, as transformers expects them."""
+    if count == 1:
+        return ("model.safetensors",)
+    return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+
+
+def split_into_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """Return the tensors file by file, in their order, each file within `shard_bytes` unless one tensor is larger.
+
+    Raises:
+        InputError: a dtype that safetensors cannot hold.
+    """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in tensors:
@@ -188,20 +392,3 @@ def _split_into_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[
 
 def _nbytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
-
-
-def _reserve(descriptor: int, nbytes: int) -> None:
-    """Take the disk space now, so that a full disk is met before the work and not in the middle of it."""
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except (AttributeError, OSError) as error:
-        unsupported = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-        if isinstance(error, OSError) and error.errno not in unsupported:
-            raise
-        os.ftruncate(descriptor, nbytes)
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    written = 0
-    while written < len(content):
-        written += os.pwrite(descriptor, content[written:], offset + written)

@@ -1,30 +1,29 @@
-"""A merge from disk to disk: every tensor is mapped, merged, written to its place and forgotten.
+"""A merge from disk to disk: every tensor is mapped, merged in runs, written to its place and forgotten.
 
-Memory holds the tensors in flight and nothing else, so the size of the model does not matter. The output appears under
+Memory holds the runs in flight and nothing else, so the size of the model does not matter. The output appears under
 its name only when it is complete, and carries its recipe and its report. The mathematics is in `tensor`.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dapt_merge.atomic import atomic_folder, refuse_existing
-from dapt_merge.checkpoints.checkpoint import content_fingerprint, tensor_digest
+from dapt_merge.checkpoints.checkpoint import content_fingerprint
 from dapt_merge.checkpoints.companions import copy_companions
-from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.threads import default_threads, map_in_threads
 from dapt_merge.checkpoints.tokenizer_files import write_tokenizer
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.plan import MergePlan, TensorJob
-from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
-from dapt_merge.merging.tensor import merge_tensor
+from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
+from dapt_merge.merging.tensor import merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
 
-REPORT_FILE = "merge_report.json"
 RECIPE_FILE = "recipe.yaml"
 
 
@@ -37,6 +36,8 @@ def merge_to_disk(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
     recipe_text: str | None = None,
+    steps: Sequence[dict[str, Any]] = (),
+    placed_at: Path | None = None,
 ) -> MergeReport:
     """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
 
@@ -48,6 +49,8 @@ def merge_to_disk(
         shard_bytes: upper bound of a weight file.
         on_progress: called with (elements merged, elements in all).
         recipe_text: what to keep as the output's `recipe.yaml` (default: the plan's recipe).
+        steps: of the recipes that made some of the inputs, for the report (`MergeReport.as_step`).
+        placed_at: where the folder will lie in the end, if not at `out`.
 
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
@@ -57,7 +60,8 @@ def merge_to_disk(
     _refuse_input_as_output(plan, Path(out))
     plan = settle_cutoffs(plan)
     with atomic_folder(out, overwrite=overwrite) as folder:
-        with CheckpointWriter(folder, plan.jobs, shard_bytes=shard_bytes) as writer:
+        threads = threads or default_threads()
+        with CheckpointWriter(folder, plan.jobs, shard_bytes=shard_bytes, threads=threads) as writer:
             outcomes = map_in_threads(
                 lambda job: _merge_and_write(plan, job, writer),
                 plan.jobs,
@@ -65,30 +69,36 @@ def merge_to_disk(
                 threads=threads,
                 on_progress=on_progress,
             )
-        copy_companions(plan.config_from, folder, plan.main_dtype)
-        if plan.alignment is not None:
-            write_tokenizer(plan.alignment, plan.checkpoints.values(), folder)
+        write_companions(plan, folder)
         report = build_report(
             plan,
             outcomes,
             output=_output_fingerprint(outcomes),
             inputs={reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()},
             seconds=time.monotonic() - started,
+            out=placed_at or Path(out),
+            steps=steps,
         )
         (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
-        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan), encoding="utf-8")
     return report
 
 
+def write_companions(plan: MergePlan, folder: Path) -> None:
+    """Write what goes with the merged weights into their folder: configuration, tokenizer, generation settings."""
+    copy_companions(plan.config_from, folder, plan.main_dtype)
+    if plan.alignment is not None:
+        write_tokenizer(plan.alignment, plan.checkpoints.values(), folder)
+
+
 def _merge_and_write(plan: MergePlan, job: TensorJob, writer: CheckpointWriter) -> TensorOutcome:
-    merged = merge_tensor(job, plan.read, plan.recipe.seed)
-    writer.write(job.name, merged.tensor)
+    with writer.stream(job.name) as stream:
+        notes, rounding = merge_tensor_in_runs(job, plan.read, plan.recipe.seed, stream.place)
     for label, stored in job.reads:
         # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
         plan.checkpoints[label].digest(stored)
-    return TensorOutcome.of(job, merged, tensor_digest(merged.tensor))
+    return TensorOutcome(job, dict(notes), rounding, stream.digest)
 
 
 def _output_fingerprint(outcomes: list[TensorOutcome]) -> str:
