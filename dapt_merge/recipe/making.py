@@ -14,7 +14,7 @@ from dapt_merge.methods.registry import get_method
 from dapt_merge.recipe.reading import build_recipe
 from dapt_merge.recipe.schema import Recipe
 
-_RECIPE_KEYS = ("dtype", "out_dtype", "seed", "gradient_outer", "tokenizer_source")
+_RECIPE_KEYS = ("dtype", "out_dtype", "seed", "gradient_outer", "tokenizer_source", "tokenizer")
 
 
 def make_recipe(
