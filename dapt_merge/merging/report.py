@@ -56,6 +56,7 @@ class MergeReport:
         seconds: wall time.
         versions: package → version.
         tokens: where embeddings were aligned: reference → how many of its tokens moved, are dropped, or came to it.
+        vocabulary: there too: whose tokens the output has, how many, and a fingerprint of where every row comes from.
     """
 
     recipe: str
@@ -75,6 +76,7 @@ class MergeReport:
     seconds: float
     versions: dict[str, str]
     tokens: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
@@ -89,7 +91,7 @@ def build_report(
     loss = sum(measured, RoundingLoss())
     return MergeReport(
         recipe=plan.recipe.to_yaml(),
-        fingerprint=recipe_fingerprint(plan.recipe, inputs),
+        fingerprint=recipe_fingerprint(plan.recipe, inputs, plan.alignment.fingerprint() if plan.alignment else None),
         inputs=inputs,
         working_folder=os.getcwd(),
         output=output,
@@ -105,6 +107,7 @@ def build_report(
         seconds=seconds,
         versions=versions(),
         tokens={} if plan.alignment is None else {label: dict(row) for label, row in plan.alignment.report.items()},
+        vocabulary={} if plan.alignment is None else plan.alignment.to_dict(),
     )
 
 

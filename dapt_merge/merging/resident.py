@@ -83,6 +83,12 @@ class ResidentMerger:
                     where="the recipe",
                     remedy=f"Use one of: {', '.join(self.checkpoints)}.",
                 )
+        if recipe.vocabulary is not None:
+            raise InputError(
+                "a live model keeps its vocabulary, and the recipe settles another",
+                where="tokenizer_source" if recipe.tokenizer is None else "tokenizer",
+                remedy="Build the model anew with merge(recipe=…).to_model(), or merge to a folder.",
+            )
         return plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
 
     def _fingerprint(self, reference: str, checkpoint: Checkpoint) -> str:

@@ -25,12 +25,13 @@ from dapt_merge.recipe.settings import Clause
 _VERSION = 1
 
 
-def recipe_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
+def recipe_fingerprint(recipe: Recipe, inputs: Mapping[str, str], vocabulary: str | None = None) -> str:
     """Return the fingerprint of the merge that `recipe` describes.
 
     Args:
         recipe: a checked recipe.
         inputs: the content fingerprint (`Checkpoint.fingerprint()`) of each of `recipe.references()`.
+        vocabulary: where the recipe settles the output's vocabulary, the fingerprint of the alignment.
 
     Returns:
         `"xxh3:"` and 32 hexadecimal digits.
@@ -38,7 +39,8 @@ def recipe_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     Raises:
         InputError: `inputs` lacks one of the recipe's references.
     """
-    text = json.dumps(_canonical(recipe, inputs), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    content = _canonical(recipe, inputs) | ({} if vocabulary is None else {"vocabulary": vocabulary})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"xxh3:{xxhash.xxh3_128_hexdigest(text.encode())}"
 
 
