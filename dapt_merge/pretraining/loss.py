@@ -8,6 +8,7 @@ Models are not known here: `has_plain_head` says of one whether its logits are h
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         matrix = weight.to(dtype)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # A head that is frozen (an adapter is trained) needs no gradient, which is half of the work here.
+        trained = ctx.needs_input_grad[1]
+        weight_gradient = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
@@ -49,14 +52,16 @@ class _HeadLoss(torch.autograd.Function):
             total += loss
             gradient = gradient.div_(count).to(dtype)
             hidden_gradient[part] = gradient @ matrix
-            weight_gradient.add_(gradient.T @ inputs)
+            if trained:
+                weight_gradient.add_(gradient.T @ inputs)
+        ctx.trained = trained
         ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * upstream[0], weight_gradient * upstream[0], None, None
+        return hidden_gradient * upstream[0], weight_gradient * upstream[0] if ctx.trained else None, None, None
 
 
 def _loss_and_logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +73,34 @@ def _loss_and_logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, T
     gradient = logits.sub_(normaliser).exp_()
     gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
     return loss, gradient.mul_(counted)
+
+
+def use_head_loss(model: Any) -> None:
+    """Let a causal model with a plain head compute its loss by `head_loss`; call it before the model is wrapped.
+
+    The loss is computed where the head is called, so whoever shards or wraps the model sees the calls that it expects.
+    """
+    head = model.get_output_embeddings()
+    whole, logits_of = model.forward, head.forward
+    pending: list[tuple[Tensor, Tensor | int]] = []
+
+    def head_forward(hidden: Tensor) -> Tensor:
+        if not pending:
+            return logits_of(hidden)
+        return head_loss(hidden.flatten(0, 1), head.weight, *pending.pop())
+
+    @functools.wraps(whole)
+    def forward(*args: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        if labels is None or num_items_in_batch is None:
+            return whole(*args, labels=labels, **kwargs)
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        hidden = model.base_model(*args, **{**given, "use_cache": False}).last_hidden_state
+        # Token n predicts token n + 1.
+        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
+        pending.append((targets, num_items_in_batch))
+        return {"loss": head(hidden)}
+
+    model.forward, head.forward = forward, head_forward
 
 
 @torch.no_grad()

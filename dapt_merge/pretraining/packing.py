@@ -144,6 +144,11 @@ class PackedBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         before, after = self.replay_blocks(index), self.replay_blocks(index + 1)
         return ("replay", before) if after > before else ("domain", index - before)
 
+    def tokens_by_role(self, blocks: int) -> dict[str, int]:
+        """Return how many tokens of the first `blocks` blocks are domain and how many are replay."""
+        replay = self.replay_blocks(blocks) * self._length
+        return {"domain": blocks * self._length - replay, "replay": replay}
+
     def replay_blocks(self, count: int) -> int:
         """Return how many of the first `count` blocks are replay: ⌊count · share⌋."""
         return int(count * self._share)

@@ -2,8 +2,10 @@
 
     run.json           what the run is (configuration, fingerprints, counts) and whether it is complete
     log.jsonl          a line a step
-    checkpoint-STEP/   ordinary Hugging Face folders with float32 weights
-    resume/step-STEP/  the optimizer's state beside the newest checkpoint, gone when the run is complete
+    tensorboard/       the same for TensorBoard
+    checkpoint-STEP/   ordinary Hugging Face folders
+    heldout/           the lm-eval tasks made of held-out files, if there are any
+    resume/step-STEP/  what going on needs beside the newest checkpoint, or without one; gone when the run is complete
 
 Everything appears under its name only when it is whole. What training is, this module does not know.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -110,9 +113,14 @@ class RunFolder:
         return dict(sorted(found.items()))
 
     def resume_point(self) -> int | None:
-        """Return the newest step with both a checkpoint and the optimizer's state, or None."""
+        """Return the newest step with the optimizer's state and the weights that belong to it, or None."""
         states = {_step(entry) for entry in (self.path / "resume").glob("step-*")}
-        return max(states & self.checkpoints().keys(), default=None)
+        return max((step for step in states if self.weights_of(step) is not None), default=None)
+
+    def weights_of(self, step: int) -> Path | None:
+        """Return where the weights of a step's state are: beside it, or else in the checkpoint of that step."""
+        beside = self.state_folder(step) / "weights"
+        return beside if beside.is_dir() else self.checkpoints().get(step)
 
     def state_folder(self, step: int) -> Path:
         """Return where the optimizer's state of a step belongs."""
@@ -127,9 +135,15 @@ class RunFolder:
         if keep is None and resume.is_dir():
             resume.rmdir()
 
+    def log(self) -> list[dict[str, Any]]:
+        """Return the lines of the log."""
+        file = self.path / "log.jsonl"
+        return [json.loads(line) for line in _lines_until(file, math.inf)] if file.is_file() else []
+
     def go_back_to(self, step: int) -> None:
         """Remove what was written after a step: its checkpoints and log lines will be made again."""
-        for later, folder in self.checkpoints().items():
+        states = {_step(entry): entry for entry in (self.path / "resume").glob("step-*")}
+        for later, folder in [*self.checkpoints().items(), *states.items()]:
             if later > step:
                 _remove(folder)
         for stale in [*self.path.glob(".checkpoint-*"), *self.path.glob(".removed-*")]:
@@ -139,7 +153,7 @@ class RunFolder:
             write_text(log, "".join(f"{line}\n" for line in _lines_until(log, step)))
 
 
-def _lines_until(log: Path, step: int) -> Iterator[str]:
+def _lines_until(log: Path, step: float) -> Iterator[str]:
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:

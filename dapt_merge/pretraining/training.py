@@ -1,8 +1,8 @@
 """A DAPT run from its configuration to its checkpoints: the story, with the work done elsewhere.
 
 Read the inputs and name the run by their content; if it is complete, say so; if it was killed, go on from its newest
-checkpoint; otherwise tokenise, pack, train. On a CPU with the same number of threads, a run that was killed and a run
-that was not end with the same bytes. One process and one device; several are refused.
+state; otherwise tokenise, pack, train. On a CPU with the same number of threads, a run that was killed and a run that
+was not end with the same bytes. Several processes (`torchrun`, `accelerate launch`) share every batch.
 """
 
 from __future__ import annotations
@@ -10,27 +10,39 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapt_merge.errors import InputError
-from dapt_merge.pretraining.config import PretrainConfig
+from dapt_merge.errors import DaptMergeError, InputError
+from dapt_merge.pretraining.config import CheckpointGrid, PretrainConfig
+from dapt_merge.pretraining.processes import agreed, connect, is_main, main_first, process_count
 from dapt_merge.pretraining.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from dapt_merge.checkpoints import Checkpoint
+    from dapt_merge.evaluation.suites import Suite
     from dapt_merge.pretraining.packing import MixReport, PackedBlocks
+    from dapt_merge.pretraining.recorder import RunRecorder, Timetable
+    from dapt_merge.pretraining.trainer import DaptTrainer
 
-# What does not make another run: where it is written, and where inputs lie (their content counts).
-_NOT_IDENTITY = {"output", "cache_folder", "base", "corpus", "precision"}
+# What does not make another run: where it is written, where inputs lie (their content counts), how it is divided.
+_NOT_IDENTITY = {"output", "cache_folder", "base", "corpus", "precision", "sharding", "save_every_minutes"}
+
+
+class RunPaused(DaptMergeError):
+    """The time was up before the run was complete; its state is saved (exit code 75: try again)."""
+
+    exit_code = 75
 
 
 def pretrain(
     config: PretrainConfig,
     *,
     overwrite: bool = False,
+    time_limit_seconds: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -40,26 +52,27 @@ def pretrain(
     Args:
         config: the run; `output` is required here.
         overwrite: start again when the folder holds another run.
+        time_limit_seconds: save the state and stop before so many seconds from now have passed.
         on_progress: called with (tokens done, tokens in all).
         on_log: called with every line of `log.jsonl`.
         on_note: called with sentences that the user should see: a fallback, a repeated corpus, a complete run.
 
     Raises:
         InputError: an unusable input; the output holds another run, something else, or is in use.
+        RunPaused: the time was up, or the process was told to end (SIGTERM); the same call goes on.
         DaptMergeError: training diverged.
     """
-    note = on_note or (lambda text: None)
+    started = time.monotonic()
+    deadline = None if time_limit_seconds is None else started + time_limit_seconds
+    connect()
+    note = on_note if on_note is not None and is_main() else lambda text: None
     run, inputs = _open_run(config, note)
-    with run.locked():
-        record = None if overwrite and not _is_same(run) else run.record()
-        if record is None and overwrite:
-            run.clear()
-        if record is not None and record["complete"] and list(run.checkpoints()) == record["checkpoint_steps"]:
-            run.forget_states()
+    with run.locked() if is_main() else nullcontext():
+        if agreed(_is_complete(run, overwrite=overwrite) if is_main() else False):
             note(f"the run in {run.path} is complete; nothing to do")
             return list(run.checkpoints().values())
         with _transformers_bars_off():
-            return _train(config, run, inputs, _Hooks(on_progress, on_log, note))
+            return _train(config, run, inputs, _Hooks(on_progress, on_log, note, deadline), started)
 
 
 @dataclass(frozen=True)
@@ -74,70 +87,127 @@ class _Hooks:
     on_progress: Callable[[int, int], None] | None
     on_log: Callable[[dict[str, Any]], None] | None
     note: Callable[[str], None]
+    deadline: float | None
 
 
 def _open_run(config: PretrainConfig, note: Callable[[str], None]) -> tuple[RunFolder, _Inputs]:
     """Open the inputs without any long work, and name the run by their content."""
     if config.output is None:
         raise InputError("no output folder was given", where="output", remedy="Pass -o FOLDER, or set 'output'.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "a run uses one process", where="WORLD_SIZE", remedy="Start it without torchrun or accelerate launch."
-        )
     from dapt_merge.checkpoints import open_checkpoint
-    from dapt_merge.pretraining.corpus import content_fingerprint, tokenizer_fingerprint
 
     run = RunFolder(config.output.expanduser(), {})
-    run.refuse_foreign()
-    corpus = [f"{source.role} {content_fingerprint(source)}" for source in config.corpus]
+    if is_main():
+        run.refuse_foreign()
     base = open_checkpoint(config.base)
     inputs = _Inputs(base, _load_tokenizer(base), resolve_precision(config.precision, note))
+    if process_count() > 1:
+        _refuse_undivided(config, inputs.precision)
+    return RunFolder(run.path, agreed(_identity(config, inputs) if is_main() else {})), inputs
+
+
+def _identity(config: PretrainConfig, inputs: _Inputs) -> dict[str, Any]:
+    from dapt_merge.pretraining.corpus import content_fingerprint, tokenizer_fingerprint
+
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NOT_IDENTITY}
-    identity = {
+    return {
         **settings,
-        "base": base.fingerprint(),
+        "base": inputs.base.fingerprint(),
         "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
-        "corpus": corpus,
+        "corpus": [f"{source.role} {content_fingerprint(source)}" for source in config.corpus],
         "precision": inputs.precision,
     }
-    return RunFolder(run.path, identity), inputs
 
 
-def _is_same(run: RunFolder) -> bool:
-    try:
-        return run.record() is not None
-    except InputError:
-        return False
+def _refuse_undivided(config: PretrainConfig, precision: str) -> None:
+    """Refuse what several processes cannot do together."""
+    sharded = _is_sharded(config)
+    for unable, what, remedy in (
+        (precision == "bf16", "the precision 'bf16' is for one process", "Take bf16-master."),
+        (sharded and config.adapter is not None, "an adapter is not sharded", "Leave out sharding."),
+        (sharded and config.optimizer == "adafactor", "adafactor is not sharded", "Take adamw, or leave out sharding."),
+    ):
+        if unable:
+            raise InputError(what, where=f"WORLD_SIZE={process_count()}", remedy=remedy)
 
 
-def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hooks) -> list[Path]:
+def _is_sharded(config: PretrainConfig) -> bool:
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if launched and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("FSDP 1 is not supported", where="FSDP_VERSION", remedy="Launch with --fsdp_version 2.")
+    return process_count() > 1 and (launched or config.sharding == "fsdp2")
+
+
+def _is_complete(run: RunFolder, *, overwrite: bool) -> bool:
+    """Say whether the folder holds this very run, whole; make way for it when it may replace another."""
+    if overwrite:
+        try:
+            record = run.record()
+        except InputError:
+            record = None
+        if record is None:
+            run.clear()
+    record = run.record()
+    complete = record is not None and record["complete"] and list(run.checkpoints()) == record["checkpoint_steps"]
+    if complete:
+        run.forget_states()
+    return bool(complete)
+
+
+def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hooks, started: float) -> list[Path]:
     import torch
     import transformers
 
-    started = time.monotonic()
-    blocks, mix = _pack(config, inputs, hooks.note)
-    steps = [-(-mix.steps * number // config.checkpoints) for number in range(1, config.checkpoints + 1)]
-    if len(set(steps)) < len(steps):
-        raise InputError(
-            f"{config.checkpoints} checkpoints were asked for, but the budget makes {mix.steps} steps",
-            where="checkpoints",
-            remedy="Ask for fewer checkpoints, or raise the budget.",
-        )
-    resume = run.resume_point()
-    run.go_back_to(resume or 0)
+    suites = _heldout_suites(config, run)
+    with main_first():
+        blocks, mix = _pack(config, inputs, hooks.note)
+    timetable = _timetable(config, mix.steps)
+    resume = agreed(run.resume_point() if is_main() else None)
     content = {
         "config": config.model_dump(mode="json"),
         "data": mix.to_dict(),
-        "checkpoint_steps": steps,
+        "checkpoint_steps": list(timetable.checkpoints),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    run.write_record(**content, complete=False)
+    if is_main():
+        run.go_back_to(resume or 0)
+        run.write_record(**content, complete=False)
     if resume:
         hooks.note(f"going on from step {resume} of {mix.steps}")
-    _fit(config, run, inputs, blocks, steps, resume, hooks)
-    run.write_record(**content, complete=True, seconds_of_last_start=round(time.monotonic() - started, 1))
-    run.forget_states()
+    stopped = agreed(_stopped_at(config, run, timetable, resume) if is_main() else None)
+    if stopped is None:
+        stopped = _fit(config, run, inputs, blocks, suites, timetable, resume, hooks)
+    if stopped is not None:
+        hooks.note(f"stopped early: {stopped}")
+        content |= {"stopped_early": stopped, "checkpoint_steps": list(run.checkpoints())}
+    if is_main():
+        run.write_record(**content, complete=True, seconds_of_last_start=round(time.monotonic() - started, 1))
+        run.forget_states()
     return list(run.checkpoints().values())
+
+
+def _heldout_suites(config: PretrainConfig, run: RunFolder) -> list[Suite]:
+    """Load the held-out suites, and refuse a rule that they cannot serve, before any long work."""
+    if not config.heldout:
+        return []
+    from dapt_merge.pretraining.heldout import heldout_suites, refuse_unmeasured_rule
+
+    with main_first():
+        suites = heldout_suites(config.heldout, run.path / "heldout")
+    refuse_unmeasured_rule(config.early_stop, suites)
+    return suites
+
+
+def _stopped_at(config: PretrainConfig, run: RunFolder, timetable: Timetable, resume: int | None) -> str | None:
+    """Return why a run that was killed after its early stop, and before it could say so, had ended."""
+    from dapt_merge.pretraining.heldout import stop_reason
+
+    measured = [(line["tokens"], line["heldout"]) for line in run.log() if "heldout" in line]
+    if config.early_stop is None or resume is None or not measured:
+        return None
+    if measured[-1][0] != resume * timetable.tokens_per_step:
+        return None
+    return stop_reason(config.early_stop, measured, timetable.warmup_tokens)
 
 
 def _pack(config: PretrainConfig, inputs: _Inputs, note: Callable[[str], None]) -> tuple[PackedBlocks, MixReport]:
@@ -153,7 +223,7 @@ def _pack(config: PretrainConfig, inputs: _Inputs, note: Callable[[str], None]) 
         epochs=config.epochs,
         domain_tokens=sum(corpus.tokens for corpus in domain),
         replay_share=config.replay_share,
-        tokens_per_step=config.batch_sequences * config.sequence_length,
+        tokens_per_step=config.batch_tokens,
     )
     shape = {"replay_share": config.replay_share, "sequence_length": config.sequence_length}
     mix = report_mix(domain, replay, steps=steps, batch_sequences=config.batch_sequences, **shape)  # type: ignore[arg-type]
@@ -204,60 +274,180 @@ def _refuse_mismatch(config: PretrainConfig, base: Checkpoint, highest_id: int) 
         )
 
 
+def _timetable(config: PretrainConfig, steps: int) -> Timetable:
+    from dapt_merge.pretraining.recorder import Timetable
+
+    tokens = config.batch_tokens
+    checkpoints = checkpoint_steps(config.checkpoints, steps, tokens)
+    every = config.heldout_every_tokens
+    between = range(1, steps * tokens // every + 1) if every else range(0)
+    heldout = {ceil(number * every / tokens) for number in between} if every else set()
+    warmup = round(config.warmup_share * steps) * tokens
+    return Timetable(steps, tokens, checkpoints, frozenset(heldout | set(checkpoints)), warmup)
+
+
+def checkpoint_steps(grid: CheckpointGrid, steps: int, tokens_per_step: int) -> tuple[int, ...]:
+    """Return the steps to keep checkpoints at: the first ones at which the tokens of the grid are reached.
+
+    Raises:
+        InputError: two checkpoints at one step, or one past the end.
+
+    Example:
+        >>> checkpoint_steps(CheckpointGrid(every_tokens=1000), steps=5, tokens_per_step=400)
+        (3, 5)
+    """
+    if grid.count is not None:
+        wanted = [-(-steps * number // grid.count) for number in range(1, grid.count + 1)]
+        asked = f"{grid.count} checkpoints were asked for"
+    else:
+        total = steps * tokens_per_step
+        at = grid.at_tokens or range(grid.every_tokens or total, total + 1, grid.every_tokens or total)
+        wanted = [ceil(tokens / tokens_per_step) for tokens in at]
+        asked = f"checkpoints were asked for up to {max(at, default=0):,} tokens, {len(wanted)} in all"
+    if len(set(wanted)) < len(wanted) or max(wanted, default=steps) > steps:
+        raise InputError(
+            f"{asked}, but the budget makes {steps} steps of {tokens_per_step:,} tokens",
+            where="checkpoints",
+            remedy="Ask for fewer checkpoints, or raise the budget.",
+        )
+    return tuple(sorted({*wanted, steps}))
+
+
 def _fit(
     config: PretrainConfig,
     run: RunFolder,
     inputs: _Inputs,
     blocks: PackedBlocks,
-    checkpoint_steps: list[int],
+    suites: list[Suite],
+    timetable: Timetable,
     resume: int | None,
     hooks: _Hooks,
-) -> None:
-    """Load the weights, hand everything to the Trainer, and train to the last step."""
-    from dapt_merge.pretraining.loss import has_plain_head, keeps_documents_apart
-    from dapt_merge.pretraining.optimizer import MasterWeightAdamW, split_off_masters
-    from dapt_merge.pretraining.trainer import DaptTrainer, RunRecorder, training_arguments
+) -> str | None:
+    """Load the weights, hand everything to the Trainer, and train; return why the run ended early, or None."""
+    from dapt_merge.pretraining.heldout import HeldOutMonitor
+    from dapt_merge.pretraining.recorder import RunRecorder
 
-    model = _load_model(inputs.base.folder if resume is None else run.checkpoints()[resume])
-    model.use_cache_of_base = model.config.use_cache
-    if config.attention == "document" and not keeps_documents_apart(model):
+    model, whole = _model_to_train(config, run, inputs, resume, seed=config.seed)
+    monitor = None
+    if suites:
+        shape = {"sequence_length": config.sequence_length, "documents": config.heldout_documents}
+        monitor = HeldOutMonitor(suites, whole, inputs.tokenizer, **shape)  # type: ignore[arg-type]
+    trainer = _trainer(config, model, inputs.precision, blocks, timetable.steps, run.path)
+    details = {
+        "base_fingerprint": run.identity["base"],
+        "precision": inputs.precision,
+        "seed": config.seed,
+        "config": config.model_dump(mode="json"),
+    }
+    recorder = RunRecorder(
+        run,
+        config,
+        timetable,
+        base=inputs.base,
+        tokenizer=inputs.tokenizer,
+        tokens_by_role=lambda steps: blocks.tokens_by_role(steps * config.batch_sequences),
+        monitor=monitor,
+        details=details,
+        deadline=hooks.deadline,
+        on_progress=hooks.on_progress,
+        on_log=hooks.on_log,
+        note=hooks.note,
+    )
+    recorder.attach(trainer)
+    if config.decay_towards == "base":
+        _pull_towards_base(config, inputs, trainer)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(run.state_folder(resume)))
+    finally:
+        recorder.stop_listening()
+    _tell_of_lost_updates(config, run, hooks.note)
+    if recorder.paused_at is not None:
+        raise _paused(recorder, timetable, run)
+    return recorder.stopped
+
+
+def _paused(recorder: RunRecorder, timetable: Timetable, run: RunFolder) -> RunPaused:
+    return RunPaused(
+        f"the time was up after step {recorder.paused_at} of {timetable.steps}; the state is saved",
+        where=run.path,
+        remedy="Give the same command again: it goes on from there.",
+    )
+
+
+def _model_to_train(
+    config: PretrainConfig, run: RunFolder, inputs: _Inputs, resume: int | None, *, seed: int
+) -> tuple[Any, Any]:
+    """Return what is trained, and the causal model in it (the same, unless an adapter is around it)."""
+    from dapt_merge.pretraining.loss import has_plain_head, keeps_documents_apart, use_head_loss
+
+    weights = None if resume is None else run.weights_of(resume)
+    whole = _load_model(inputs.base.folder if weights is None or config.adapter is not None else weights)
+    whole.use_cache_of_base = whole.config.use_cache
+    if config.attention == "document" and not keeps_documents_apart(whole):
         raise InputError(
             "this model's attention cannot be kept within documents",
             where=inputs.base.label,
             remedy="Set attention: block.",
         )
-    plain_head = has_plain_head(model)
-    arguments = training_arguments(config, checkpoint_steps[-1], inputs.precision, run.path)
+    if has_plain_head(whole):
+        use_head_loss(whole)
+    if config.adapter is None:
+        return whole, whole
+    from dapt_merge.pretraining.adapter import add_adapter, load_adapter
+
+    if weights is not None:
+        return load_adapter(whole, weights), whole
+    base = config.base if not Path(config.base).expanduser().exists() else str(Path(config.base).expanduser().resolve())
+    return add_adapter(whole, config.adapter, base=base, seed=seed), whole
+
+
+def _trainer(
+    config: PretrainConfig, model: Any, precision: str, blocks: PackedBlocks, steps: int, folder: Path
+) -> DaptTrainer:
+    import torch
+
+    from dapt_merge.pretraining.optimizer import split_off_masters
+    from dapt_merge.pretraining.trainer import DaptTrainer, has_masters, own_optimizer, training_arguments
+
+    arguments = training_arguments(config, steps, precision, folder, sharded=_is_sharded(config))
     # Before the masters split off, so that they lie on the device too.
     model.to(arguments.device)
-    masters = split_off_masters(model) if inputs.precision == "bf16-master" else {}
-    options = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
-    options |= {"masters": masters, "max_grad_norm": config.gradient_clip}
-    trainer = DaptTrainer(
-        plain_head=plain_head,
+    masters = {}
+    if has_masters(precision):
+        masters = split_off_masters(model)
+    elif precision == "bf16":
+        split_off_masters(model)
+        model.config.dtype = torch.bfloat16
+    return DaptTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks,
-        optimizer_cls_and_kwargs=(MasterWeightAdamW, options) if masters else None,
+        optimizer_cls_and_kwargs=own_optimizer(config, precision, masters),
     )
-    recorder = RunRecorder(
-        run,
-        base=inputs.base,
-        tokenizer=inputs.tokenizer,
-        blocks=blocks,
-        config=config,
-        checkpoint_steps=checkpoint_steps,
-        details={
-            "base_fingerprint": run.identity["base"],
-            "precision": inputs.precision,
-            "seed": config.seed,
-            "config": config.model_dump(mode="json"),
-        },
-        on_progress=hooks.on_progress,
-        on_log=hooks.on_log,
-    )
-    recorder.attach(trainer)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(run.state_folder(resume)))
+
+
+def _pull_towards_base(config: PretrainConfig, inputs: _Inputs, trainer: DaptTrainer) -> None:
+    from transformers import TrainerCallback
+
+    from dapt_merge.pretraining.optimizer import pull_towards
+    from dapt_merge.pretraining.recorder import anchors_of
+
+    base = _load_model(inputs.base.folder, dtype="auto")
+
+    class Anchoring(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pull_towards(trainer.plain_optimizer, anchors_of(trainer, base), config.weight_decay)
+
+    trainer.add_callback(Anchoring())
+
+
+def _tell_of_lost_updates(config: PretrainConfig, run: RunFolder, note: Callable[[str], None]) -> None:
+    lost = [line["updates_lost"] for line in run.log() if "updates_lost" in line] if is_main() else []
+    if lost:
+        note(
+            f"rounding to the nearest bfloat16 lost {100 * sum(lost) / len(lost):.0f}% of the updates of weights "
+            "(mean over the steps); bf16_rounding: stochastic or precision: bf16-master loses none"
+        )
 
 
 def _load_tokenizer(base: Checkpoint) -> Any:
@@ -277,12 +467,11 @@ def _load_tokenizer(base: Checkpoint) -> Any:
         ) from error
 
 
-def _load_model(folder: Path | None) -> Any:
-    import torch
+def _load_model(folder: Path | None, dtype: Any = "float32") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise InputError(
             f"the model cannot be loaded for training ({_first_line(error)})",

@@ -22,7 +22,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     corpus = write_jsonl(tmp_path / "notes.jsonl", notes(40, 1))
     file = tmp_path / "run.yaml"
     file.write_text(
-        f"base: {base}\ncorpus: [{corpus}]\nsequence_length: 32\nbatch_sequences: 2\ntokens: 256\ncheckpoints: 2\n"
+        f"base: {base}\ncorpus: [{corpus}]\nsequence_length: 32\nbatch_tokens: 64\ntokens: 256\ncheckpoints: 2\n"
         f"precision: fp32\ncache_folder: {tmp_path / 'cache'}\n",
         encoding="utf-8",
     )

@@ -37,7 +37,7 @@ def settings(base: Path, tmp_path: Path) -> dict[str, Any]:
         "corpus": [str(domain)],
         "output": str(tmp_path / "run"),
         "sequence_length": 32,
-        "batch_sequences": 2,
+        "batch_tokens": 64,
         "tokens": 384,
         "learning_rate": 1e-3,
         "checkpoints": 2,

@@ -49,7 +49,8 @@ def test_a_missing_key_is_named(missing: str) -> None:
         ({"decay_share": 0.1}, "no effect with the schedule 'cosine'"),
         ({"schedule": "linear", "minimum_rate_share": 0.1}, "no effect with the schedule 'linear'"),
         ({"schedule": "wsd", "warmup_share": 0.9}, "more than the whole run"),
-        ({"batch_sequences": 4, "micro_batch_sequences": 3}, "must divide"),
+        ({"batch_tokens": 8192, "micro_batch_tokens": 6144}, "must divide"),
+        ({"batch_tokens": 3000}, "take 2048 or 4096"),
         ({"corpus": []}, "corpus"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"precision": "fp16"}, "fp16"),
@@ -70,8 +71,8 @@ def test_overrides_reach_everywhere() -> None:
 
 
 def test_an_override_of_something_that_is_not_there_is_refused() -> None:
-    assert "there is no '3'" in refusal("corpus.3.path=x")
-    assert "single value" in refusal("base.path=x")
+    assert "'3' is not an index into the list 'corpus'" in refusal("corpus.3.path=x")
+    assert "'base' is a text" in refusal("base.path=x")
 
 
 def test_inputs_are_found_beside_the_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
