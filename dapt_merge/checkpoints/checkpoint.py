@@ -78,6 +78,7 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         remarks: Iterable[str] = (),
+        known_digest: Callable[[str], bytes | None] = lambda name: None,
     ) -> None:
         infos = {info.name: info for info in tensors}
         self.label = label
@@ -93,6 +94,7 @@ class Checkpoint:
         # There too: own token id → its id now (None: the token is dropped), for those that changed.
         self.moved_ids: Mapping[int, int | None] = {}
         self._reader = reader
+        self._known_digest = known_digest
         self._digests: dict[str, bytes] = {}
 
     def read(self, name: str) -> Tensor:
@@ -126,7 +128,7 @@ class Checkpoint:
 
     def digest(self, name: str) -> bytes:
         """Return the 128-bit hash of a tensor's bytes. For files it is remembered; tensors in memory may change."""
-        found = self._digests.get(name)
+        found = self._digests.get(name) or self._known_digest(name)
         if found is None:
             found = tensor_digest(self.read(name))
             if self.tensors[name].file is not None:

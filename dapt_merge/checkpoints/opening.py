@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dapt_merge import prefetch
 from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, is_adapter_folder
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
@@ -178,6 +179,10 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
         handle, stored = where[name]
         return handle.get_tensor(stored)
 
+    def known_digest(name: str) -> bytes | None:
+        file = infos[name].file
+        return None if file is None else prefetch.known_digest(file, where[name][1])
+
     return Checkpoint(
         label,
         read,
@@ -185,6 +190,7 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
         folder=folder,
         config=config,
         aliases=aliases,
+        known_digest=known_digest,
     )
 
 

@@ -54,8 +54,12 @@ def build_app(names: Sequence[str] = _COMMANDS):  # type: ignore[no-untyped-def]
 
 def main() -> None:
     """Run the command line and turn errors into three short lines and an exit code."""
+    import atexit
+    import gc
     import os
 
+    # What is alive at the end dies with the process: to search a million objects of torch for garbage takes longer.
+    atexit.register(gc.freeze)
     # Progress and advice of the libraries underneath would tear our own progress bars apart.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

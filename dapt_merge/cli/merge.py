@@ -58,6 +58,8 @@ def merge(
 
     dapt-merge merge --verify OUT
     """
+    import gc
+
     from dapt_merge.atomic import refuse_existing
     from dapt_merge.cli.console import console, output, print_json, progress
 
@@ -67,6 +69,9 @@ def merge(
         return
     if out is None:
         _refuse_without_output()
+    if engine == "native":
+        _read_ahead(arguments or [], base, dapt or [])
+    gc.disable()  # all that is made while the libraries load stays: a search for garbage only takes time
     chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
     if _checked_engine(engine, threads, len(chain)) == "mergekit":
@@ -75,6 +80,8 @@ def merge(
 
     from dapt_merge.merging.chain import merge_chain
 
+    gc.freeze()
+    gc.enable()
     shown: list[str] = []
 
     def tell(warnings: Iterable[str], name: str | None) -> None:
@@ -93,6 +100,16 @@ def merge(
     else:
         for line in _summary(report, out):
             output.print(_escaped(line), soft_wrap=True)
+
+
+def _read_ahead(arguments: list[str], base: str | None, dapt: list[str]) -> None:
+    """Let the inputs be read while the libraries load."""
+    from dapt_merge import prefetch
+
+    prefetch.start([name for name in (base, *dapt) if name])
+    for argument in arguments:
+        if _is_file_name(argument):
+            prefetch.start_for(argument)
 
 
 def _checked_engine(engine: str, threads: int | None, recipes: int) -> str:
@@ -124,11 +141,12 @@ def _by_mergekit(recipe: Recipe, out: Path, overwrite: bool, as_json: bool) -> N
     from dapt_merge.merging.mergekit_engine import merge_with_mergekit
 
     with console.status("merging with mergekit"):
-        merge_with_mergekit(recipe, out, overwrite=overwrite)
+        report = merge_with_mergekit(recipe, out, overwrite=overwrite)
     if as_json:
-        print_json({"engine": "mergekit", "output": str(out), "recipe": recipe.to_yaml()})
-    else:
-        output.print(_escaped(f"{out}: written by mergekit; recipe: {out / 'recipe.yaml'}"), soft_wrap=True)
+        print_json(report.to_dict())
+        return
+    output.print(_escaped(f"{out}: written by mergekit"), soft_wrap=True)
+    output.print(_escaped(f"recipe and report: {out / 'recipe.yaml'}, {out / 'merge_report.json'}"), soft_wrap=True)
 
 
 def _recipes(
@@ -223,10 +241,15 @@ def _verify(out: Path, located: list[str], others: list[str], threads: int | Non
 
 
 def _verdict(found: Verification, out: Path) -> list[str]:
+    again = "" if found.engine == "native" else f" (computed again by {found.engine})"
     if found.same:
-        return [f"{out}: {found.tensors:,} tensors, the same bit for bit"]
-    lines = [f"{out}: {len(found.differing):,} tensors differ from what was computed again, of {found.tensors:,}"]
-    lines += [f"{name}: {fault}" for name, fault in found.differing.items()]
+        return [f"{out}: {found.tensors:,} tensors, the same bit for bit{again}"]
+    lines = [
+        f"{out}: {len(found.differing):,} tensors differ from what was computed again, of {found.tensors:,}{again}"
+    ]
+    lines += [f"{name}: {fault}" for name, fault in (*found.differing.items(), *found.files.items())]
+    if not found.differing:
+        return lines
     if found.changed_afterwards:
         return [*lines, "The stored tensors are not those that the merge wrote: they were changed afterwards."]
     lines.append("The stored tensors are those that the merge wrote: it is this machine that computes otherwise.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dapt_merge import prefetch
 from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.checkpoints.checkpoint import content_fingerprint
 from dapt_merge.checkpoints.companions import copy_companions
@@ -58,6 +59,7 @@ def merge_to_disk(
     started = time.monotonic()
     refuse_existing(out, overwrite)
     _refuse_input_as_output(plan, Path(out))
+    prefetch.stop()
     plan = settle_cutoffs(plan)
     with atomic_folder(out, overwrite=overwrite) as folder:
         threads = threads or default_threads()
@@ -81,7 +83,7 @@ def merge_to_disk(
         )
         (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
         write_report(report, folder)
-        (folder / CARD_FILE).write_text(model_card(report, plan), encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")
     return report
 
 

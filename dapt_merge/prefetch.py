@@ -1,0 +1,105 @@
+"""Inputs read and hashed while the libraries load: importing torch keeps one core busy for a second, the others idle.
+
+The idea: a thread walks through the weight files that a command names, so that they lie in the page cache when the work
+begins, and remembers the hash of every tensor's bytes, which the work would have to compute. It is a head start and
+nothing else: a file that cannot be read is passed over, since whoever opens it properly will say what is wrong, and a
+hash counts only for the very file that it was taken from. What this module does not know: torch, checkpoints, recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+_AHEAD_BYTES = 32 * 2**20
+_LARGEST_HEADER_BYTES = 100 * 2**20  # as in safetensors itself
+_FileKey: TypeAlias = tuple[int, int, int, int]
+
+_digests: dict[tuple[_FileKey, str], bytes] = {}
+_stopping = threading.Event()
+
+
+def start(sources: Iterable[str | Path]) -> None:
+    """Begin to read, in a thread, the weights of those sources that are model folders or safetensors files."""
+    files = [file for source in sources for file in _weight_files(Path(source).expanduser())]
+    if files:
+        _stopping.clear()
+        threading.Thread(target=_read, args=(list(dict.fromkeys(files)),), name="prefetch", daemon=True).start()
+
+
+def start_for(recipe_file: str | Path) -> None:
+    """Begin to read the models that a recipe file may mean: every word in it that is a folder or a weight file."""
+    file = Path(recipe_file)
+    try:
+        words = dict.fromkeys(re.findall(r"[^\s'\"\[\]{},+]+", file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return
+    start(place for word in words for place in (Path(word), file.parent / word) if "/" in word or "." not in word)
+
+
+def stop() -> None:
+    """End the reading ahead: from now on the work itself decides what is read."""
+    _stopping.set()
+
+
+def known_digest(file: Path, name: str) -> bytes | None:
+    """Return the XXH3 128-bit digest of a tensor's bytes if it was taken from the file as it is now."""
+    if not _digests:
+        return None
+    try:
+        return _digests.get((_file_key(os.stat(file)), name))
+    except OSError:
+        return None
+
+
+def _weight_files(source: Path) -> list[Path]:
+    if source.suffix == ".safetensors" and source.is_file():
+        return [source]
+    return sorted(source.glob("model*.safetensors")) if source.is_dir() else []
+
+
+def _file_key(status: os.stat_result) -> _FileKey:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(files: list[Path]) -> None:
+    import xxhash
+
+    for file in files:
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                key = _file_key(os.fstat(opened.fileno()))
+                with mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as content:
+                    for name, begin, end in _tensors(content):
+                        _ask_for(opened.fileno(), begin, end)
+                        if _stopping.is_set():
+                            return
+                        with content[begin:end] as stored:
+                            _digests[key, name] = xxhash.xxh3_128(stored).digest()
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+
+
+def _tensors(content: memoryview) -> Iterator[tuple[str, int, int]]:
+    """Yield each tensor's name and its bytes' place in the file, in the order of the file."""
+    length = int.from_bytes(content[:8], "little")
+    if length > _LARGEST_HEADER_BYTES:
+        raise ValueError("no header")
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if not 0 <= begin <= end <= len(content):
+            raise ValueError("a tensor lies outside the file")
+        yield name, begin, end
+
+
+def _ask_for(descriptor: int, begin: int, end: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, end - begin + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
