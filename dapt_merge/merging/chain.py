@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dapt_merge.atomic import disk_errors_explained, refuse_existing
 from dapt_merge.checkpoints.checkpoint import Checkpoint
@@ -35,7 +36,7 @@ def merge_chain(
     Args:
         chain: from `load_recipes`: each after those that it uses.
         out: the folder to create. Its `recipe.yaml` holds all recipes; its report is the last one's, with the other
-            outputs among the inputs, by content.
+            outputs among the inputs, by content, and how they were made.
         overwrite: replace an existing output, once the new one is complete.
         threads: see `merge_to_disk`.
         on_warnings: called with (warnings, recipe's name) before and after each merge.
@@ -46,6 +47,7 @@ def merge_chain(
     """
     refuse_existing(out, overwrite)
     made: dict[str, Checkpoint] = {}
+    account: list[dict[str, Any]] = []
     steps: Path | None = None
     try:
         for number, step in enumerate(chain):
@@ -63,10 +65,12 @@ def merge_chain(
                 threads=threads,
                 on_progress=on_progress,
                 recipe_text=_all_recipes(chain) if is_last and len(chain) > 1 else None,
+                steps=account,
             )
             on_warnings(report.warnings, step.name)
             if not is_last and step.name is not None:
                 made[step.name] = open_checkpoint(target, step.name)
+                account.append(report.as_step(step.name))
         return report
     finally:
         if steps is not None:

@@ -1,14 +1,16 @@
 """The same recipe carried out by mergekit instead: for comparison, and for whoever has to reproduce its numbers.
 
 mergekit's arithmetic, its defaults and its reading of a recipe hold then; what it would pass over in silence (our own
-keys and parameters) is refused. The output appears whole or not at all, as always. Nothing of mergekit is imported
-before a merge is asked for.
+keys and parameters) is refused. The output appears whole or not at all, with its report and its card, as always; but
+what mergekit does not tell (fallbacks, what rounding loses, what each tensor got) they cannot tell either. Nothing of
+mergekit is imported before a merge is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,20 @@ from typing import Any
 import yaml
 
 from dapt_merge.atomic import atomic_folder, refuse_existing
+from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.errors import DaptMergeError, InputError, nearest
-from dapt_merge.recipe import Recipe
+from dapt_merge.merging.card import CARD_FILE, model_card
+from dapt_merge.merging.report import MergeReport, versions, way_to_inputs, write_report
+from dapt_merge.merging.stream import RECIPE_FILE
+from dapt_merge.recipe import Recipe, recipe_fingerprint
 
 # Keys of ours that change the result and that mergekit does not know.
 _OURS = ("target", "freeze", "rounding", "allow_config_mismatch")
 
 
-def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> None:
-    """Let mergekit merge, and write its model, with the recipe beside it, as `out`.
+def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> MergeReport:
+    """Let mergekit merge, and write its model, with recipe, report and card beside it, as `out`.
 
     Args:
         recipe: in mergekit's dialect alone; `seed` seeds its random methods.
@@ -37,12 +43,43 @@ def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = Fa
         DaptMergeError: mergekit is not installed, or fails.
     """
     refuse_existing(out, overwrite)
+    started = time.monotonic()
     content = mergekit_content(recipe)
-    for reference in recipe.references():
-        _refuse_input_as_output(open_checkpoint(reference).folder, reference, Path(out))  # and no pickles
+    opened = {reference: open_checkpoint(reference) for reference in recipe.references()}  # and no pickles
+    for reference, checkpoint in opened.items():
+        _refuse_input_as_output(checkpoint.folder, reference, Path(out))
     with atomic_folder(out, overwrite=overwrite) as folder:
         _run(content, folder, recipe.seed)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        report = _report(recipe, opened, open_checkpoint(folder), Path(out), started)
+        (folder / RECIPE_FILE).write_text(report.recipe, encoding="utf-8")
+        write_report(report, folder)
+        (folder / CARD_FILE).write_text(model_card(report, opened), encoding="utf-8")
+    return report
+
+
+def _report(
+    recipe: Recipe, opened: Mapping[str, Checkpoint], result: Checkpoint, out: Path, started: float
+) -> MergeReport:
+    inputs = {reference: checkpoint.fingerprint() for reference, checkpoint in opened.items()}
+    return MergeReport(
+        recipe=recipe.to_yaml(),
+        fingerprint=recipe_fingerprint(recipe, inputs),
+        inputs=inputs,
+        output=result.fingerprint(),
+        tensors=len(result.tensors),
+        fallbacks=None,
+        notes={},
+        updated_elements=None,
+        lost_elements=None,
+        lost_share=None,
+        warnings=(),
+        bytes_read=sum(checkpoint.nbytes for checkpoint in opened.values()),
+        bytes_written=result.nbytes,
+        seconds=time.monotonic() - started,
+        versions=versions("mergekit"),
+        engine="mergekit",
+        working_folder=way_to_inputs(out),
+    )
 
 
 def mergekit_content(recipe: Recipe) -> dict[str, Any]:

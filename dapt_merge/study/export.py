@@ -58,13 +58,13 @@ def export_trial(
         recipe = load_recipe(yaml.safe_load(recipe.to_yaml()), [f"out_dtype={out_dtype}"])
     with atomic_folder(out, overwrite=overwrite) as folder:
         plan = plan_merge(recipe)
-        report = merge_to_disk(plan, folder / "model", on_progress=on_progress)
+        report = merge_to_disk(plan, folder / "model", on_progress=on_progress, placed_at=Path(out))
         for path in (folder / "model").iterdir():
             path.rename(folder / path.name)
         (folder / "model").rmdir()
         record = json.dumps(_provenance(result, trial, pick), indent=2, ensure_ascii=False)
         (folder / TRIAL_FILE).write_text(record + "\n", encoding="utf-8")
-        card = model_card(report, plan, scores=_card_scores(result, trial), scores_note=_SEARCH_ITEMS)
+        card = model_card(report, plan.checkpoints, scores=_card_scores(result, trial), scores_note=_SEARCH_ITEMS)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return trial, report
 

@@ -48,7 +48,7 @@ def test_known_scores_come_with_their_error_and_their_note(models):
     plan = plan_merge(make_recipe(str(models["base"]), [str(models["one"])], "linear", weight=0.5))
     report = merge(recipe=plan.recipe).report()
     scores = [CardScore("french|medical", "acc", 0.5, 0.0125, 2.0, "points"), CardScore("general", "acc", 0.25, None)]
-    card = model_card(report, plan, scores=scores, scores_note="On the items that chose the merge.")
+    card = model_card(report, plan.checkpoints, scores=scores, scores_note="On the items that chose the merge.")
     assert "| french\\|medical | acc | 0.5000 ± 0.0125 | +2.0000 points |" in card
     assert "| general | acc | 0.2500 |  |" in card
     assert "On the items that chose the merge." in card
