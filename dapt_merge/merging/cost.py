@@ -116,7 +116,7 @@ def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
 
 
 def _reads(job: TensorJob) -> tuple[tuple[str, str], ...]:
-    return job.reads if job.target is None else (*job.reads, (job.target, job.name))
+    return job.reads if job.target_read is None else (*job.reads, job.target_read)
 
 
 def _memory_bytes(plan: MergePlan, threads: int) -> int:

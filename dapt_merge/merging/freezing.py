@@ -29,11 +29,18 @@ def is_frozen(name: str, pattern: str) -> bool:
     return fnmatchcase(name, f"*{pattern}*")
 
 
-def freeze(jobs: Sequence[TensorJob], patterns: Sequence[str], owner: str) -> list[TensorJob]:
-    """Return the jobs, with those of frozen tensors turned into copies from the checkpoint `owner`.
+def freeze(
+    jobs: Sequence[TensorJob], patterns: Sequence[str], owners: Sequence[tuple[str, str] | None]
+) -> list[TensorJob]:
+    """Return the jobs, with those of frozen tensors turned into copies.
+
+    Args:
+        jobs: all of the merge.
+        patterns: see `is_frozen`.
+        owners: for each job the checkpoint's label and tensor that it then is a copy of; None where there is no base.
 
     Raises:
-        InputError: a pattern covers no tensor, or together they leave none to merge.
+        InputError: a pattern covers no tensor, together they leave none to merge, or a frozen tensor has no owner.
     """
     for index, pattern in enumerate(patterns):
         if not any(is_frozen(job.name, pattern) for job in jobs):
@@ -48,7 +55,15 @@ def freeze(jobs: Sequence[TensorJob], patterns: Sequence[str], owner: str) -> li
         raise InputError(
             "every tensor is frozen, so nothing is merged", where="freeze", remedy="Leave some tensors to merge."
         )
-    return [
-        replace(job, base=None, models=(owner,), target=None, parameters=copied) if job.name in frozen else job
-        for job in jobs
-    ]
+    return [_copied(job, owner, copied) if job.name in frozen else job for job, owner in zip(jobs, owners, strict=True)]
+
+
+def _copied(job: TensorJob, owner: tuple[str, str] | None, copied: ResolvedParameters) -> TensorJob:
+    if owner is None:
+        raise InputError(
+            f"'{job.name}' is frozen, and its slice has no base among its sources to take it from",
+            where="freeze",
+            remedy="Add the base with its layer_range to the slice's sources, or freeze less.",
+        )
+    label, name = owner
+    return replace(job, base=None, models=(label,), target=None, parameters=copied, stored=(name,))

@@ -22,11 +22,13 @@ from dapt_merge.checkpoints.gathering import aligned_checkpoints
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
+from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
-from dapt_merge.merging.stacking import StackedTensor, stack_layout, stacked_config
+from dapt_merge.merging.stacking import LaidTensor, layout, stacked_config
 from dapt_merge.methods.selection import Cutoff
 from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resolve
+from dapt_merge.recipe.parts import same_model
 from dapt_merge.recipe.resolving import comes_after_the_layers
 from dapt_merge.statistics import Statistics, open_statistics
 
@@ -36,6 +38,7 @@ class TensorJob:
     """One tensor to merge: from which checkpoints, with which parameters, into which dtype.
 
     `target` is the label of the checkpoint that the merged difference from the base is added to; None: the base itself.
+    It calls the tensor what the base calls it.
     `in_dtype` is what inputs are rounded to first (None: nothing), `stochastic` how the result is rounded.
 
     `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `stored` says
@@ -66,6 +69,11 @@ class TensorJob:
         """What is read: (checkpoint label, tensor name) of the base, if there is one, and of every model."""
         labels = self.models if self.base is None else (self.base, *self.models)
         return tuple(zip(labels, self.stored or (self.name,) * len(labels), strict=True))
+
+    @property
+    def target_read(self) -> tuple[str, str] | None:
+        """What is read of the target: (checkpoint label, tensor name)."""
+        return None if self.target is None else (self.target, self.reads[0][1])
 
     def inputs(self, read: Callable[[str, str], Tensor]) -> tuple[Tensor | None, list[Tensor]]:
         """Return the base, if there is one, and the models: as they are stored, or rounded to `in_dtype` first."""
@@ -139,14 +147,14 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         >>> [job.name for job in plan.jobs]
         ['w']
     """
-    opened = open_inputs(recipe, checkpoints or {})
+    opened = with_own_heads(open_inputs(recipe, checkpoints or {}))
     alignment = None
     if recipe.vocabulary is not None:
         settings = recipe.vocabulary.with_models(lambda name: _spelled_in(opened, name))
         alignment = align(opened, settings)
         opened = aligned_checkpoints(opened, alignment)
     inputs = list(opened.values())
-    found = agree(inputs, by_layer=recipe.slices is not None, allow_mismatch=recipe.allow_config_mismatch)
+    found = agree(inputs, by_layer=recipe.stacks_layers, allow_mismatch=recipe.allow_config_mismatch)
     plan = plan_from(recipe, opened, found)
     if alignment is None:
         return plan
@@ -156,66 +164,73 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:
     """Plan a merge of checkpoints that are known to belong together."""
     config_from = opened[_spelled_in(opened, recipe.config_reference())]
-    if recipe.slices is None:
-        jobs = _whole_model_jobs(recipe, opened, agreement, config_from)
-    else:
-        layout = stack_layout(recipe, opened, agreement)
-        jobs = [_stacked_job(recipe, opened, tensor) for tensor in layout]
+    tensors = layout(recipe, opened, agreement, config_from)
+    if recipe.stacks_layers:
         config_from = config_from.with_config(stacked_config(recipe, opened, config_from.config))
+    jobs = [_job(recipe, opened, tensor, config_from) for tensor in tensors]
+    if recipe.freeze:
+        from dapt_merge.merging.freezing import freeze
+
+        jobs = freeze(jobs, recipe.freeze, [_owner(recipe, opened, tensor) for tensor in tensors])
     remarks = dict.fromkeys(remark for checkpoint in opened.values() for remark in checkpoint.remarks)
     warnings = (*recipe_warnings(recipe), *remarks, *agreement.warnings)
     if agreement.tied_head and config_from.config:
         config_from = config_from.with_config({**config_from.config, "tie_word_embeddings": True})
     files = _open_statistics(jobs)
-    jobs = _with_statistics([_placed(job, recipe, config_from) for job in jobs], files)
-    return MergePlan(recipe, opened, tuple(jobs), warnings, config_from, files)
+    return MergePlan(recipe, opened, tuple(_with_statistics(jobs, files)), warnings, config_from, files)
 
 
-def _whole_model_jobs(
-    recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement, config_from: Checkpoint
-) -> list[TensorJob]:
-    base = recipe.merge_base()
-    models = tuple(_spelled_in(opened, model) for model in recipe.task_models())
-    target = None if recipe.target is None else _spelled_in(opened, recipe.target)
-    jobs = []
-    for name in agreement.names:
-        info = config_from.tensors[name]
-        group = tensor_group(name)
-        parameters = resolve(recipe, name, group.layer, config_from.layers_of(group.stack))
-        jobs.append(TensorJob(name, info.shape, _out_dtype(recipe, info), base, models, parameters, target=target))
-    if not recipe.freeze:
-        return jobs
-    from dapt_merge.merging.freezing import freeze
-
-    return freeze(jobs, recipe.freeze, target or _spelled_in(opened, str(recipe.base_model)))
-
-
-def _stacked_job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: StackedTensor) -> TensorJob:
+def _job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor, config_from: Checkpoint) -> TensorJob:
     part = tensor.part
     labels = tuple(_spelled_in(opened, source.model) for source in part.inputs)
-    info = opened[labels[0]].tensors[tensor.stored[0]]
     models = labels if part.base is None else labels[1:]
-    parameters = resolve(
-        recipe, tensor.name, tensor.depth, part.layers, part=part, stored_names=tensor.stored[-len(models) :]
+    # A tensor keeps the dtype that the model has whose configuration goes with it; in a stack, its first source's.
+    giver, its_name = (config_from, tensor.name) if part.layers is None else (opened[labels[0]], tensor.stored[0])
+    info = giver.tensors[its_name]
+    own_names = tensor.stored[-len(models) :]
+    renamed = any(stored != tensor.name for stored in tensor.stored)
+    target = None if recipe.target is None else _spelled_in(opened, recipe.target)
+    layer, num_layers = _place(tensor)
+    return TensorJob(
+        tensor.name,
+        info.shape,
+        _out_dtype(recipe, info),
+        None if part.base is None else labels[0],
+        models,
+        resolve(recipe, tensor.name, tensor.depth, tensor.layers, part=part, stored_names=own_names),
+        stored=tensor.stored if renamed else (),
+        target=target,
+        in_dtype=None if recipe.input_dtype is None else parse_dtype(recipe.input_dtype),
+        stochastic=recipe.rounding == "stochastic",
+        layer=layer,
+        num_layers=num_layers,
     )
-    base = None if part.base is None else labels[0]
-    return TensorJob(tensor.name, info.shape, _out_dtype(recipe, info), base, models, parameters, stored=tensor.stored)
 
 
-def _placed(job: TensorJob, recipe: Recipe, config_from: Checkpoint) -> TensorJob:
-    """Say how the tensor is rounded, and where in the output it stands: slices are counted through."""
-    in_dtype = None if recipe.input_dtype is None else parse_dtype(recipe.input_dtype)
-    job = replace(job, in_dtype=in_dtype, stochastic=recipe.rounding == "stochastic")
-    group = tensor_group(job.name)
-    layers = (
-        config_from.layers_of(group.stack) if recipe.slices is None else sum(part.layers or 0 for part in recipe.parts)
-    )
-    if not layers:
-        return job
-    outside = layers - 1 if comes_after_the_layers(job.name) else 0
+def _place(tensor: LaidTensor) -> tuple[int | None, int | None]:
+    """Return the layer of the output that a tensor stands in, or counts to, and how many there are."""
+    if not tensor.height:
+        return None, None
+    layer = tensor_group(tensor.name).layer
+    outside = tensor.height - 1 if comes_after_the_layers(tensor.name) else 0
     # Heads for further tokens are numbered past the last layer.
-    layer = outside if group.layer is None else min(group.layer, layers - 1)
-    return replace(job, layer=layer, num_layers=layers)
+    return (outside if layer is None else min(layer, tensor.height - 1)), tensor.height
+
+
+def _owner(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor) -> tuple[str, str] | None:
+    """Return whose tensor stays where it is frozen, and its name there; None where its slice has no base."""
+    part = tensor.part
+    if part.layers is None:
+        return _spelled_in(opened, recipe.target or str(recipe.base_model)), tensor.name
+    bases = [
+        (source.model, stored)
+        for source, stored in zip(part.inputs, tensor.stored, strict=True)
+        if part.base is source or same_model(source.model, recipe.base_model) or len(part.inputs) == 1
+    ]
+    if not bases:
+        return None
+    model, stored = bases[0]
+    return _spelled_in(opened, recipe.target or model), stored
 
 
 def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
@@ -277,13 +292,13 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Ch
         known = by_path.get(os.path.normpath(reference))
         # The folder of a LoRA adapter stands on the recipe's base; what it names itself may lie elsewhere by now.
         under = None if recipe.base_model is None else opened.get(recipe.base_model)
-        opened[reference] = known if known is not None else _open(reference, recipe, under)
+        opened[reference] = known if known is not None else _open(reference, recipe, under, by_path)
         if not opened[reference].tensors:
             raise InputError("the checkpoint has no tensors", where=reference, remedy="Give a checkpoint with weights.")
     return opened
 
 
-def _open(reference: str, recipe: Recipe, base: Checkpoint | None) -> Checkpoint:
+def _open(reference: str, recipe: Recipe, base: Checkpoint | None, given: Mapping[str, Checkpoint]) -> Checkpoint:
     entry = next((entry for entry in recipe.entries() if entry.average and entry.reference == reference), None)
     if entry is None or entry.average is None:
         return open_checkpoint(reference, base=base)
@@ -296,7 +311,8 @@ def _open(reference: str, recipe: Recipe, base: Checkpoint | None) -> Checkpoint
             remedy="Give the folder of a run (checkpoint-STEP/ in it) or a list, and a window that fits it.",
         )
     weights = mean_weights(len(members), window=window, decay=entry.average.decay)
-    return AveragedCheckpoint(reference, [open_checkpoint(str(member), base=base) for member in members], weights)
+    opened = [given.get(os.path.normpath(path)) or open_checkpoint(path, base=base) for path in map(str, members)]
+    return AveragedCheckpoint(reference, opened, weights)
 
 
 def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.merging.agreement import agree, is_side_part
 from dapt_merge.merging.plan import MergePlan, TensorJob, open_inputs, plan_from
@@ -51,7 +52,7 @@ class ResidentMerger:
     """
 
     def __init__(self, model: PreTrainedModel | torch.nn.Module, checkpoints: Mapping[str, Checkpoint]) -> None:
-        self.checkpoints = dict(checkpoints)
+        self.checkpoints = with_own_heads(checkpoints)
         self._agreement = agree(list(self.checkpoints.values()))
         self._live = _live_tensors(model, self._agreement.names)
         self._fingerprints: dict[str, str] = {}
@@ -114,7 +115,7 @@ def _for_live(plan: MergePlan, live: Mapping[str, Tensor]) -> MergePlan:
         InputError: the recipe's slices build other layers than the live model has.
     """
     used = [job for job in plan.jobs if job.name in live]
-    if plan.recipe.slices is not None:
+    if plan.recipe.stacks_layers:
         _refuse_other_stack(plan, live)
     warnings = plan.warnings
     if len(used) < len(plan.jobs):

@@ -128,8 +128,8 @@ def _merge(job: TensorJob, read: Callable[[str, str], Tensor], seed: int, measur
     method, values = job.parameters.method, job.parameters.values
     merged = combine(method, base, models, values, context, out_dtype=torch.float32 if in_full else job.out_dtype)
     start = models[0] if base is None else base
-    if job.target is not None and base is not None:
-        start = read(job.target, job.name)
+    if job.target_read is not None and base is not None:
+        start = read(*job.target_read)
         merged = _added_to_target(merged, base, start, job)
     if not merged.is_floating_point() or merged.dtype == job.out_dtype:
         return MergedTensor(merged, context.notes)

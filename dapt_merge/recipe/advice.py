@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dapt_merge.methods.contract import Parameter
-from dapt_merge.recipe.parts import INERT_PARAMETERS, Part
+from dapt_merge.recipe.parts import INERT_PARAMETERS, Part, is_inert
 from dapt_merge.recipe.resolving import resolve
 from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import read_setting
@@ -19,6 +19,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     """Return one sentence for each thing that the recipe's author should know before the merge, or an empty list."""
     found = [
         *_inert_parameters(recipe),
+        *_defaults_unlike_mergekits(recipe),
         *_overruled_settings(recipe),
         *_dead_knobs(recipe),
         *_linear_complement(recipe),
@@ -29,31 +30,54 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 
 
 def _inert_parameters(recipe: Recipe) -> Iterator[str]:
-    blocks = [recipe.parameters, *(slice_.parameters for slice_ in recipe.slices or ())]
-    blocks += [dict(entry.parameters) for part in recipe.parts for entry in (*part.models, *part.unweighted)]
-    for name in INERT_PARAMETERS:
-        if any(name in block for block in blocks):
-            yield f"'{name}' has no effect here: it saves memory in mergekit and does not change the result."
+    blocks = [recipe.parameters, *(block for part in recipe.parts for block in part.between)]
+    blocks += [entry.parameters for part in recipe.parts for entry in (*part.models, *part.unweighted)]
+    for name, (why, _) in INERT_PARAMETERS.items():
+        if is_inert(name, recipe.method) and any(name in block for block in blocks):
+            yield f"'{name}' has no effect here: {why}."
+
+
+def _defaults_unlike_mergekits(recipe: Recipe) -> Iterator[str]:
+    """Name the parameters that the recipe leaves out, and whose default is another one in mergekit."""
+    rescale, normalize = recipe.method.parameter("rescale"), recipe.method.parameter("normalize")
+    for part in recipe.parts:
+        given = {name for block in (recipe.parameters, *part.between) for name in block}
+        anchors = [a for chain in part.clauses.get("density", ()) for c in chain for a in c.anchors]
+        drops = any(isinstance(anchor, float) and anchor < 1 for anchor in anchors)
+        if drops and rescale is not None and rescale.default == "expectation" and "rescale" not in given:
+            yield (
+                f"'rescale' is not given: {recipe.merge_method} divides what it keeps by the probability of keeping it,"
+                " as its paper does; mergekit restores the tensor's L1 norm. Write 'rescale: expectation' or"
+                " 'rescale: l1' to choose."
+            )
+        summed_by_mergekit = recipe.merge_method in ("dare_ties", "breadcrumbs_ties")
+        if summed_by_mergekit and normalize is not None and "normalize" not in given and len(part.models) > 1:
+            yield (
+                f"'normalize' is not given: {recipe.merge_method} divides each element by the weights that agree on it;"
+                " mergekit does not. Write 'normalize: true' or 'normalize: false' to choose."
+            )
 
 
 def _overruled_settings(recipe: Recipe) -> Iterator[str]:
     """Settings that no tensor can ever reach: the base's own, and shared ones that every model overrules."""
     for part in recipe.parts:
         for entry in part.unweighted:
-            if entry.parameters:
+            if any(not is_inert(name, recipe.method) for name in entry.parameters):
                 yield (
                     f"{entry.where}.parameters has no effect: '{entry.model}' is the base, and {recipe.merge_method}"
                     " weights only the models' differences from it."
                 )
     for parameter in recipe.method.parameters:
         name = parameter.name
-        blocks = [slice_.parameters for slice_ in recipe.slices or ()] or [{}]
-        if name in recipe.parameters and all(
-            _fits_all_before_default(block.get(name), parameter) or _all_have_their_own(part, parameter)
-            for part, block in zip(recipe.parts, blocks, strict=True)
-        ):
-            who = "slice" if recipe.slices else "model"
+        if name in recipe.parameters and all(_has_its_own(part, parameter) for part in recipe.parts):
+            who = "slice" if recipe.slices else "module" if recipe.modules else "model"
             yield f"parameters.{name} has no effect: every {who} has its own '{name}'."
+
+
+def _has_its_own(part: Part, parameter: Parameter) -> bool:
+    """Say whether the recipe's own setting of a parameter never reaches a part."""
+    own = any(_fits_all_before_default(block.get(parameter.name), parameter) for block in part.between)
+    return own or _all_have_their_own(part, parameter)
 
 
 def _all_have_their_own(part: Part, parameter: Parameter) -> bool:
@@ -73,7 +97,7 @@ def _dead_knobs(recipe: Recipe) -> Iterator[str]:
     if recipe.method.dead_knobs is None:
         return
     found: dict[str, list[str]] = {}
-    places = [place for index, part in enumerate(recipe.parts) for place in _places(recipe, part, index)]
+    places = [place for part in recipe.parts for place in _places(part)]
     for place, part, name, layer in places:
         values = resolve(recipe, name, layer, 2, part=part).values
         for message in recipe.method.dead_knobs(values, len(part.models)):
@@ -82,13 +106,13 @@ def _dead_knobs(recipe: Recipe) -> Iterator[str]:
         yield message if len(held_at) == len(places) else f"{message} (in {', '.join(dict.fromkeys(held_at))})"
 
 
-def _places(recipe: Recipe, part: Part, index: int) -> Iterator[tuple[str, Part, str, int]]:
+def _places(part: Part) -> Iterator[tuple[str, Part, str, int]]:
     """Yield (description, part, tensor name, layer of two) for each filter, and for what fits none, at both ends."""
     chains = [chain for per_model in part.clauses.values() for chain in per_model]
     conditions = dict.fromkeys((c.filter, c.group) for chain in chains for c in chain if not c.fits_all)
     names = {_name_of(*condition): _described(*condition) for condition in conditions}
     names["\x00"] = "the other tensors"  # no filter fits it, and no group
-    of_what = "" if recipe.slices is None else f" of slice {index}"
+    of_what = "" if part.where == "models" else f" of {part.where.removesuffix('.models')}"
     for name, kind in names.items():
         if not all(any(clause.fits(name) for clause in chain) for chain in chains):
             continue
@@ -116,19 +140,29 @@ def _described(part_of_name: str | None, group: str | None) -> str:
 
 
 def _linear_complement(recipe: Recipe) -> Iterator[str]:
-    if recipe.merge_method != "linear" or recipe.parts[0].base is None or "weight" not in recipe.parameters:
+    """Tell WiSE-FT from mergekit's average, wherever the recipe's own words could mean either."""
+    if recipe.merge_method != "linear":
         return
-    yield (
-        f"linear with base_model '{recipe.base_model}' not among the models moves from the base towards them and leaves"
-        " the base the rest of the weight (WiSE-FT); mergekit would average the base in with the same global weight."
-        " To choose, give each model its own weight, or list the base among the models too."
-    )
+    for part in (part for part in recipe.parts if part.base is not None):
+        if "weight" in recipe.parameters or any("weight" in block for block in part.between):
+            yield (
+                f"linear with base_model '{recipe.base_model}' not among the models moves from the base towards them"
+                " and leaves the base the rest of the weight (WiSE-FT); mergekit would average the base in with the"
+                " same global weight. To choose, give each model its own weight, or list the base among the models too."
+            )
+        if any(clause.anchors != (True,) for chain in part.clauses["normalize"] for clause in chain[:-1]):
+            yield (
+                f"'normalize' has no effect: with base_model '{recipe.base_model}' not among the models, linear moves"
+                " from the base towards them, and the base takes what the weights leave (WiSE-FT). For a plain sum,"
+                " list the base among the models, with a weight of its own."
+            )
 
 
 def _outer_gradients(recipe: Recipe) -> Iterator[str]:
     if recipe.gradient_outer is not None:
         return
-    for name, chains in recipe.parts[-1].clauses.items():
+    last_parts = {part.module: part for part in recipe.parts}.values()
+    for name, chains in (item for part in last_parts for item in part.clauses.items()):
         for tensor_name in ("lm_head.weight", "model.norm.weight"):
             for chain in chains:
                 clause = next((clause for clause in chain if clause.fits(tensor_name)), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,15 +67,23 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         content |= {"rounding": "stochastic", "seed": recipe.seed}
     if recipe.input_dtype is not None:
         content["input_dtype"] = recipe.input_dtype
-    if recipe.slices is None:
-        return content | _canonical_part(recipe.parts[0], recipe.method, inputs)
-    return content | {
+    if recipe.modules is None:
+        return content | _canonical_parts(recipe.parts, recipe.method, inputs)
+    modules = {
+        name: _canonical_parts([part for part in recipe.parts if part.module == name], recipe.method, inputs)
+        for name in recipe.modules
+    }
+    # A single module is the whole model, whatever it is called.
+    return content | (next(iter(modules.values())) if len(modules) == 1 else {"modules": modules})
+
+
+def _canonical_parts(parts: Sequence[Part], method: Method, inputs: Mapping[str, str]) -> dict[str, Any]:
+    if len(parts) == 1 and parts[0].layers is None:
+        return _canonical_part(parts[0], method, inputs)
+    ranges = [[_layers(source, part) for source in part.inputs] for part in parts]
+    return {
         "slices": [
-            {
-                **_canonical_part(part, recipe.method, inputs),
-                "ranges": [_layers(source, part) for source in part.inputs],
-            }
-            for part in recipe.parts
+            {**_canonical_part(part, method, inputs), "ranges": own} for part, own in zip(parts, ranges, strict=True)
         ]
     }
 

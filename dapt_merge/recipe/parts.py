@@ -1,8 +1,9 @@
 """What a recipe merges with what: one part for whole models, or one for each slice of a stack of layers.
 
-A part has its base, its models and the compiled settings of every parameter, so that whatever comes behind never asks
-again where a setting was written. Precedence: the source's own, the slice's, the recipe's, the method's default. What
-this module does not know: files, how many layers a checkpoint has.
+A recipe with `modules` has such parts for each of them. A part has its base, its models and the compiled settings of
+every parameter, so that whatever comes behind never asks again where a setting was written. Precedence: the source's
+own, the slice's, the module's, the recipe's, the method's default. What this module does not know: files, how many
+layers a checkpoint has, which tensors are a module's.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from dapt_merge.methods.contract import Method, Parameter
 from dapt_merge.recipe.settings import Clause, read_setting, truncate
 
 if TYPE_CHECKING:
-    from dapt_merge.recipe.schema import Recipe, Slice
+    from dapt_merge.recipe.schema import ModelInput, Recipe, Slice
 
-# mergekit's memory switch for a sign mask: it cannot change the result, so it is taken and reported.
-INERT_PARAMETERS = ("int8_mask",)
+# mergekit's parameters that cannot change a result, so that they are taken and reported: why, and for which methods
+# (none named: for all).
+INERT_PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "int8_mask": ("it saves memory in mergekit and does not change the result", ()),
+    "density": ("nothing is dropped; in mergekit too", ("task_arithmetic",)),
+    "rescale": ("nothing is dropped, so there is nothing to make up for; in mergekit too", ("task_arithmetic",)),
+}
 Clauses = dict[str, tuple[Clause, ...]]
 
 
@@ -44,6 +50,9 @@ class Part:
         clauses: parameter → chains of clauses in order of precedence: one for each of `models`, or one when global.
         layers: how many layers the slice has; None for whole models.
         unweighted: entries of the recipe that are the base, so that their own parameters cannot act.
+        module: the name of the module that it belongs to; None where the recipe has none.
+        where: the part of the recipe that describes it, for messages.
+        between: the parameter blocks between the sources' own and the recipe's: the slice's, the module's.
     """
 
     base: PartInput | None
@@ -51,11 +60,40 @@ class Part:
     clauses: Mapping[str, tuple[tuple[Clause, ...], ...]]
     layers: int | None = None
     unweighted: tuple[PartInput, ...] = ()
+    module: str | None = None
+    where: str = "models"
+    between: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def inputs(self) -> tuple[PartInput, ...]:
         """The base, where there is one, and the models: in the order in which a merge reads them."""
         return self.models if self.base is None else (self.base, *self.models)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Whole models or slices that are described together: a recipe's own, or those of one of its modules.
+
+    `prefix` is where it stands in the recipe, empty or ending in a dot.
+    """
+
+    module: str | None
+    prefix: str
+    models: Sequence[ModelInput]
+    slices: Sequence[Slice] | None
+    parameters: Mapping[str, Any]
+    states_models: bool
+
+
+def sections_of(recipe: Recipe) -> tuple[Section, ...]:
+    """Return the recipe's modules, or the recipe itself as the one section that it has without them."""
+    if recipe.modules is None:
+        stated = "models" in recipe.model_fields_set
+        return (Section(None, "", recipe.models, recipe.slices, {}, stated),)
+    return tuple(
+        Section(name, f"modules.{name}.", m.models, m.slices, m.parameters, "models" in m.model_fields_set)
+        for name, m in recipe.modules.items()
+    )
 
 
 def same_model(first: str, second: str | None) -> bool:
@@ -67,26 +105,36 @@ def check_structure(recipe: Recipe) -> None:
     """Refuse a recipe whose models or slices do not make a merge of its method.
 
     Raises:
-        InputError: neither or both of `models` and `slices`, a model listed twice, a needed base missing, too few or
-            too many models, sources of a slice with different numbers of layers.
+        InputError: neither or more than one of `models`, `slices` and `modules`, a model listed twice, a needed base
+            missing, too few or too many models, sources of a slice with different numbers of layers.
     """
-    if recipe.slices is not None and recipe.models:
+    if recipe.modules is not None and (recipe.models or recipe.slices is not None):
         raise InputError(
-            "the recipe has both 'models' and 'slices'",
-            where="slices",
+            f"the recipe has both 'modules' and '{'models' if recipe.models else 'slices'}'",
+            where="modules",
+            remedy="Keep one; inside each module stand its own 'models' or 'slices'.",
+        )
+    for section in sections_of(recipe):
+        _check_section(recipe, section)
+
+
+def _check_section(recipe: Recipe, section: Section) -> None:
+    if section.slices is not None and section.models:
+        raise InputError(
+            f"the {'recipe' if section.module is None else 'module'} has both 'models' and 'slices'",
+            where=f"{section.prefix}slices",
             remedy="Keep one: whole models under 'models', or layer ranges under 'slices'.",
         )
-    if recipe.slices is None and not recipe.models:
-        given = "models" in recipe.model_fields_set
+    if section.slices is None and not section.models:
         raise InputError(
-            "'models' is empty: at least 1 is needed" if given else "the key 'models' is missing",
-            where="models",
+            "'models' is empty: at least 1 is needed" if section.states_models else "the key 'models' is missing",
+            where=f"{section.prefix}models",
             remedy="Add 'models:' with a list of checkpoints (or 'slices:' with ranges of their layers).",
         )
-    if recipe.slices is None:
-        _check_models(recipe)
-    for index, part in enumerate(recipe.slices or ()):
-        _check_slice(recipe, part, f"slices.{index}")
+    if section.slices is None:
+        _check_models(recipe, section)
+    for index, part in enumerate(section.slices or ()):
+        _check_slice(recipe, part, f"{section.prefix}slices.{index}")
 
 
 def compile_parts(recipe: Recipe) -> tuple[Part, ...]:
@@ -95,19 +143,24 @@ def compile_parts(recipe: Recipe) -> tuple[Part, ...]:
     Raises:
         InputError: an unknown parameter, a value that is missing or out of range, a wrong number of models.
     """
-    shared = _read_parameters(recipe.parameters, recipe.method, "parameters", own=False)
-    if recipe.slices is None:
-        entries = [PartInput(e.reference, 0, f"models.{i}", e.parameters) for i, e in enumerate(recipe.models)]
-        return (_whole_models(recipe, entries, shared),)
-    return tuple(_slice(recipe, part, f"slices.{index}", shared) for index, part in enumerate(recipe.slices))
+    everywhere = _read_parameters(recipe.parameters, recipe.method, "parameters", own=False)
+    parts: list[Part] = []
+    for section in sections_of(recipe):
+        own = _read_parameters(section.parameters, recipe.method, f"{section.prefix}parameters", own=False)
+        shared = [own, everywhere]
+        if section.slices is None:
+            parts.append(_whole_models(recipe, section, shared))
+        else:
+            parts += [_slice(recipe, section, index, shared) for index in range(len(section.slices))]
+    return tuple(parts)
 
 
 def check_additions(recipe: Recipe) -> None:
     """Refuse a target or frozen tensors where the recipe gives them nothing to act on.
 
     Raises:
-        InputError: a target without a base that differences are taken from, a target or frozen tensors together with
-            slices, frozen tensors without a base to stay at.
+        InputError: a target without a base that differences are taken from, frozen tensors without a base to stay at,
+            two keys that name the vocabulary.
     """
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         raise InputError(
@@ -115,20 +168,14 @@ def check_additions(recipe: Recipe) -> None:
             where="tokenizer_source",
             remedy=f"Keep one: 'tokenizer: {{source: {recipe.tokenizer_source}, …}}' says the same and more.",
         )
-    for key, given in (("target", recipe.target), ("freeze", recipe.freeze)):
-        if given and recipe.slices is not None:
-            raise InputError(
-                f"'{key}' and 'slices' do not go together",
-                where=key,
-                remedy="Merge whole models first, and stack the result in a second recipe.",
-            )
     if recipe.target is not None:
-        if compile_parts(recipe)[0].base is None:
-            raise InputError(
-                f"a target needs differences from a base to add, and this {recipe.merge_method} has no base",
-                where="target",
-                remedy="Name 'base_model' (and do not list it among the models), or choose another merge_method.",
-            )
+        for part in compile_parts(recipe):
+            if part.base is None:
+                raise InputError(
+                    f"a target needs differences from a base to add, and this {recipe.merge_method} has no base",
+                    where="target" if part.layers is None and part.module is None else f"target, {part.where}",
+                    remedy="Name 'base_model' (and do not list it among the models), or choose another merge_method.",
+                )
         if same_model(recipe.target, recipe.base_model):
             raise InputError("the target is the base", where="target", remedy="Leave 'target' out: it is the default.")
     if recipe.freeze and recipe.base_model is None:
@@ -146,56 +193,77 @@ def check_additions(recipe: Recipe) -> None:
             )
 
 
-def _whole_models(recipe: Recipe, entries: Sequence[PartInput], shared: Clauses) -> Part:
+def _whole_models(recipe: Recipe, section: Section, shared: Sequence[Clauses]) -> Part:
+    where = f"{section.prefix}models"
+    entries = [PartInput(e.reference, 0, f"{where}.{i}", e.parameters) for i, e in enumerate(section.models)]
     listed = [entry for entry in entries if same_model(entry.model, recipe.base_model)]
-    if recipe.base_is_a_model_like_others:
+    models: tuple[PartInput, ...]
+    if averages_the_base(recipe.method, bool(listed)):
         added = [] if listed or recipe.base_model is None else [PartInput(recipe.base_model)]
         models, base, unweighted = (*entries, *added), None, []
     else:
         models = tuple(entry for entry in entries if entry not in listed)
         base, unweighted = None if recipe.base_model is None else PartInput(recipe.base_model), listed
-    _check_count(recipe.method, len(models), "models")
-    clauses = _compile(recipe.method, models, [shared], [*entries])
-    return Part(base, tuple(models), clauses, unweighted=tuple(unweighted))
+    _check_count(recipe.method, len(models), where)
+    clauses = _compile(recipe.method, models, shared, entries)
+    return Part(base, models, clauses, None, tuple(unweighted), section.module, where, (section.parameters,))
 
 
-def _slice(recipe: Recipe, definition: Slice, where: str, shared: Clauses) -> Part:
+def averages_the_base(method: Method, listed: bool) -> bool:
+    """Say whether the base, if it is one, is averaged with its own weight instead of being θ₀.
+
+    True for methods that use no base, and for `linear` where it is listed among the models: mergekit pays no heed to
+    `base_model` there, and users write both models with weights that add up.
+    """
+    return method.base == "unused" or (listed and method.name == "linear")
+
+
+def _slice(recipe: Recipe, section: Section, index: int, shared: Sequence[Clauses]) -> Part:
     """Compile one slice. As in mergekit, only its own sources take part: a base must be one of them."""
-    method = recipe.method
+    assert section.slices is not None
+    method, definition, where = recipe.method, section.slices[index], f"{section.prefix}slices.{index}"
     entries = [
         PartInput(source.reference, source.layer_range[0], f"{where}.sources.{i}", source.parameters)
         for i, source in enumerate(definition.sources)
     ]
-    named_base = definition.base_model or recipe.base_model
+    listed = _bases_of_slice(recipe, definition, entries, where)
+    models = tuple(entry for entry in entries if entry not in listed)
+    _check_count(method, len(models), f"{where}.sources")
+    own = _read_parameters(definition.parameters, method, f"{where}.parameters", own=False)
+    clauses = _compile(method, models, [own, *shared], entries)
+    first, end = definition.sources[0].layer_range
+    base = listed[0] if listed else None
+    between = (definition.parameters, section.parameters)
+    return Part(base, models, clauses, end - first, tuple(listed), section.module, where, between)
+
+
+def _bases_of_slice(recipe: Recipe, definition: Slice, entries: Sequence[PartInput], where: str) -> list[PartInput]:
+    """Return the source that is θ₀, or none for a method that takes none."""
+    method, named = recipe.method, definition.base_model or recipe.base_model
     averaged = method.base == "unused" or method.name == "linear"
-    listed = [] if averaged else [entry for entry in entries if same_model(entry.model, named_base)]
+    listed = [] if averaged else [entry for entry in entries if same_model(entry.model, named)]
     if not listed and method.base == "required":
         raise InputError(
             f"{method.name} needs a base in every slice, and none of this one's sources is it"
-            + (f" ('{named_base}')" if named_base else ""),
+            + (f" ('{named}')" if named else ""),
             where=f"{where}.sources",
             remedy="Add the base model with its layer_range to the sources, and name it under 'base_model'.",
         )
     if len(listed) > 1:
         raise InputError(
-            f"the base '{named_base}' is listed twice, so it is open which of its layers the differences start from",
+            f"the base '{named}' is listed twice, so it is open which of its layers the differences start from",
             where=listed[1].where,
             remedy="List the base once in a slice.",
         )
-    models = tuple(entry for entry in entries if entry not in listed)
-    _check_count(method, len(models), f"{where}.sources")
-    own = _read_parameters(definition.parameters, method, f"{where}.parameters", own=False)
-    clauses = _compile(method, models, [own, shared], entries)
-    first, end = definition.sources[0].layer_range
-    return Part(listed[0] if listed else None, models, clauses, end - first, tuple(listed))
+    return listed
 
 
-def _check_models(recipe: Recipe) -> None:
-    for index, entry in enumerate(recipe.models):
-        if any(same_model(entry.reference, earlier.reference) for earlier in recipe.models[:index]):
+def _check_models(recipe: Recipe, section: Section) -> None:
+    for index, entry in enumerate(section.models):
+        if any(same_model(entry.reference, earlier.reference) for earlier in section.models[:index]):
             raise InputError(
                 f"the model '{entry.reference}' is listed twice",
-                where=f"models.{index}.model",
+                where=f"{section.prefix}models.{index}.model",
                 remedy="List each model once; give it the sum of the weights instead.",
             )
     if recipe.base_model is None and recipe.method.base == "required":
@@ -262,7 +330,7 @@ def _read_parameters(raw: Mapping[str, Any], method: Method, where: str, *, own:
     known = [parameter.name for parameter in method.parameters]
     clauses = {}
     for name, value in raw.items():
-        if name in INERT_PARAMETERS:
+        if is_inert(name, method):
             continue
         parameter = method.parameter(name)
         if parameter is None:
@@ -279,6 +347,14 @@ def _read_parameters(raw: Mapping[str, Any], method: Method, where: str, *, own:
             )
         clauses[name] = read_setting(value, parameter, f"{where}.{name}")
     return clauses
+
+
+def is_inert(name: str, method: Method) -> bool:
+    """Say whether mergekit takes a parameter for a method that it cannot change the result of."""
+    if name not in INERT_PARAMETERS or method.parameter(name) is not None:
+        return False
+    _, methods = INERT_PARAMETERS[name]
+    return not methods or method.name in methods
 
 
 def _missing(parameter: Parameter, method: Method, model: str | None) -> InputError:

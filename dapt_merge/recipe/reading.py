@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dapt_merge import yaml_files
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.recipe.schema import (
-    UNSUPPORTED_KEYS,
     Average,
     ModelInput,
+    Module,
     Recipe,
     Slice,
     SliceSource,
@@ -95,9 +95,9 @@ def build_recipe(
     """
     try:
         edited = apply_overrides(content, overrides)
+        _shorten_references(edited)
         if folder is not None:
             _locate_models(edited, folder, names)
-        _refuse_unsupported(edited)
         return Recipe.model_validate(edited)
     except ValidationError as error:
         raise yaml_files.explained(error, origin, _fields_at, _remedy_at) from None
@@ -123,7 +123,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
 def _full_path(key: str, content: Mapping[str, Any]) -> list[str]:
     """Turn a short name (`t`) into the one place in the recipe that it means; leave dotted paths as they are."""
     first, *rest = key.split(".")
-    if first in Recipe.model_fields or first in UNSUPPORTED_KEYS:
+    if first in Recipe.model_fields:
         return [first, *rest]
     method = content.get("merge_method")
     names = [parameter.name for parameter in get_method(method).parameters] if isinstance(method, str) else []
@@ -144,17 +144,26 @@ def _full_path(key: str, content: Mapping[str, Any]) -> list[str]:
     return [*own[0], "parameters", first] if own else ["parameters", first]
 
 
-def _parameter_blocks(content: Mapping[str, Any]) -> list[list[str]]:
-    """Return the paths of all mappings below the top level that may have `parameters`: models, slices, sources."""
-    paths = []
+def _parameter_blocks(content: Mapping[str, Any], prefix: Sequence[str] = ()) -> list[list[str]]:
+    """Return the paths of all mappings below the top level that may have `parameters`.
+
+    These are models, slices and their sources, and modules with the same inside.
+    """
+    paths: list[list[str]] = []
+    modules = content.get("modules") if not prefix else None
+    for name, module in modules.items() if isinstance(modules, dict) else ():
+        if isinstance(module, dict):
+            paths += [["modules", name], *_parameter_blocks(module, ["modules", name])]
     for key in ("models", "slices"):
         entries = content.get(key)
         for index, entry in enumerate(entries if isinstance(entries, list) else ()):
             if isinstance(entry, dict):
-                paths.append([key, str(index)])
+                paths.append([*prefix, key, str(index)])
                 sources = entry.get("sources")
                 listed = enumerate(sources if isinstance(sources, list) else ())
-                paths += [[key, str(index), "sources", str(i)] for i, source in listed if isinstance(source, dict)]
+                paths += [[*paths[-1], "sources", str(i)] for i, source in listed if isinstance(source, dict)]
+    if prefix:
+        return paths
     return [path for path in paths if isinstance(_at(content, path).get("parameters") or {}, Mapping)]
 
 
@@ -162,6 +171,39 @@ def _at(content: Any, path: Sequence[str]) -> Any:
     for part in path:
         content = content[int(part)] if isinstance(content, list) else content[part]
     return content
+
+
+def _shorten_references(content: MutableMapping[str, Any]) -> None:
+    """Write references in mergekit's long form ({model: {path, revision}, lora: …}) as `path@revision+adapter`."""
+    for path in ([], *_parameter_blocks(content)):
+        entry = _at(content, path)
+        for key in ("base_model", "model", "tokenizer_source"):
+            if isinstance(entry.get(key), Mapping):
+                entry[key] = _short(entry[key], ".".join([*path, key]))
+    block = content.get("tokenizer")
+    if isinstance(block, MutableMapping) and isinstance(block.get("source"), Mapping):
+        block["source"] = _short(block["source"], "tokenizer.source")
+
+
+def _short(reference: Mapping[str, Any], where: str) -> str:
+    known = {"model": reference.get("model"), "lora": reference.get("lora")}
+    unknown = [key for key, value in reference.items() if key not in known and value is not None]
+    if unknown or known["model"] is None:
+        what = f"a model's long form has no '{unknown[0]}' here" if unknown else "this model has no 'model:' in it"
+        raise InputError(
+            what,
+            where=where,
+            remedy="Write 'model: PATH', 'model: PATH@REVISION' or 'model: PATH+ADAPTER'.",
+        )
+    return "+".join(_short_path(part, f"{where}.{key}") for key, part in known.items() if part is not None)
+
+
+def _short_path(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("path"), str) and set(part) <= {"path", "revision"}:
+        return part["path"] if part.get("revision") is None else f"{part['path']}@{part['revision']}"
+    if isinstance(part, str):
+        return part
+    raise InputError(f"expected a path, found {yaml_files.kind_of(part)}", where=where, remedy="Write PATH@REVISION.")
 
 
 def relocated(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
@@ -177,8 +219,6 @@ def relocated(recipe: Recipe, locate: Callable[[str], str]) -> Recipe:
     """
     content: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
     _replace_paths(content, locate)
-    if recipe.tokenizer is not None:
-        content["tokenizer"] = recipe.tokenizer.with_models(locate).model_dump(exclude_none=True, exclude_defaults=True)
     return Recipe.model_validate(content)
 
 
@@ -203,13 +243,28 @@ def _replace_paths(content: MutableMapping[str, Any], locate: Callable[[str], st
         for key in ("base_model", "target") if entry is content else ("base_model", "model"):
             if key in entry and "checkpoints" not in (entry.get("average") or {}):
                 entry[key] = replaced(entry[key])
-        if entry is content and entry.get("tokenizer_source") not in (None, "base", "union"):
-            entry["tokenizer_source"] = replaced(entry["tokenizer_source"])
         _replace_members(entry, replaced)
         parameters = entry.get("parameters")
         for name in _file_parameters(content) if isinstance(parameters, MutableMapping) else ():
             if name in parameters:
                 parameters[name] = replaced(parameters[name])
+    _replace_in_vocabulary(content, replaced)
+
+
+def _replace_in_vocabulary(content: MutableMapping[str, Any], replaced: Callable[[Any], Any]) -> None:
+    """Replace the models that `tokenizer_source` and the `tokenizer` block name."""
+    block = content.get("tokenizer")
+    tokens = block.get("tokens") if isinstance(block, MutableMapping) else None
+    places = [(content, "tokenizer_source")]
+    if isinstance(block, MutableMapping):
+        places.append((block, "source"))
+    for entry in tokens.values() if isinstance(tokens, MutableMapping) else ():
+        if isinstance(entry, MutableMapping):
+            inner = entry.get("source")
+            places.append((inner, "model") if isinstance(inner, MutableMapping) else (entry, "source"))
+    for mapping, key in places:
+        if mapping.get(key) not in (None, "base", "union"):
+            mapping[key] = replaced(mapping[key])
 
 
 def _replace_members(entry: MutableMapping[str, Any], replaced: Callable[[Any], Any]) -> None:
@@ -229,12 +284,6 @@ def _file_parameters(content: Mapping[str, Any]) -> list[str]:
     return [parameter.name for parameter in get_method(name).parameters if parameter.kind == "file"]
 
 
-def _refuse_unsupported(content: Mapping[str, Any]) -> None:
-    for key, remedy in UNSUPPORTED_KEYS.items():
-        if key in content:
-            raise InputError(f"'{key}' is a mergekit key that is not supported yet", where=key, remedy=remedy)
-
-
 def _remedy_at(location: tuple[int | str, ...]) -> str | None:
     """Return where a model's own parameter belongs, for one that was written beside the model."""
     *parents, name = map(str, location)
@@ -246,10 +295,13 @@ def _remedy_at(location: tuple[int | str, ...]) -> str | None:
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys that are known in the section at a location."""
     path = [str(part) for part in location]
+    top: type[BaseModel] = Recipe
+    if path[:1] == ["modules"]:
+        top, path = Module, path[2:]
     if "average" in path:
         return list(Average.model_fields)
     if path[:1] == ["tokenizer"]:
         return list(TokenizerSettings.model_fields)
     if path[:1] == ["slices"]:
         return list((SliceSource if "sources" in path else Slice).model_fields)
-    return list((ModelInput if path[:1] == ["models"] else Recipe).model_fields)
+    return list((ModelInput if path[:1] == ["models"] else top).model_fields)

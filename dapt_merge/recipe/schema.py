@@ -25,13 +25,20 @@ from dapt_merge.checkpoints.token_sources import (
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method
 from dapt_merge.methods.registry import get_method
-from dapt_merge.recipe.parts import Part, check_additions, check_structure, compile_parts, same_model
+from dapt_merge.recipe.parts import (
+    Part,
+    check_additions,
+    check_structure,
+    compile_parts,
+    sections_of,
+)
 
 __all__ = [
     "Average",
     "ModelEmbedding",
     "ModelInput",
     "ModelToken",
+    "Module",
     "Recipe",
     "Slice",
     "SliceSource",
@@ -41,11 +48,6 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Valid mergekit keys that this version cannot honour: each with what to do instead.
-UNSUPPORTED_KEYS = {
-    "modules": "List whole models under 'models:', or layers under 'slices:'.",
-    "chat_template": "Leave it out: the base's chat template is copied.",
-}
 
 
 class Average(BaseModel):
@@ -142,12 +144,26 @@ class Slice(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
+class Module(BaseModel):
+    """One module of a model (`encoder`, `text_decoder`, …; `default` where there is one): its models or its slices.
+
+    `parameters` come before the recipe's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: list[ModelInput] = Field(default_factory=list)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
 class Recipe(BaseModel):
     """A complete, valid description of one merge, in mergekit's dialect.
 
-    It merges whole `models`, or builds a stack of layers from `slices` (one of the two): the output's layers are those
-    of the first slice, then of the second, …, numbered anew. What lies before the layers comes from the first slice's
-    sources and what lies behind them from the last one's; a gradient runs over the layers of its slice.
+    It merges whole `models`, or builds a stack of layers from `slices`: the output's layers are those of the first
+    slice, then of the second, …, numbered anew. What lies before the layers comes from the first slice's sources and
+    what lies behind them from the last one's; a gradient runs over the layers of its slice. Or it says one of the two
+    for each of the model's `modules`, all of which must be there.
 
     Raises:
         InputError: when made with an unknown method or parameter, a value out of range, a required parameter or base
@@ -168,6 +184,7 @@ class Recipe(BaseModel):
     base_model: str | None = Field(default=None, min_length=1)
     models: list[ModelInput] = Field(default_factory=list)
     slices: list[Slice] | None = Field(default=None, min_length=1)
+    modules: dict[str, Module] | None = Field(default=None, min_length=1)
     parameters: dict[str, Any] = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
@@ -178,6 +195,8 @@ class Recipe(BaseModel):
     tokenizer_source: str | None = Field(default=None, min_length=1)
     # The same in mergekit's longer form, with the rows of single tokens; one of the two.
     tokenizer: TokenizerSettings | None = None
+    # Of the output's tokenizer: "auto" (what most models have), a built-in's name, or the template. None: as it is.
+    chat_template: str | None = Field(default=None, min_length=1)
     # Our own from here on; mergekit knows none of them.
     # What the merged difference from the base is added to (an instruct model, say); None: the base itself.
     target: str | None = Field(default=None, min_length=1)
@@ -237,20 +256,15 @@ class Recipe(BaseModel):
         return self.dtype if both and self.dtype not in (self.out_dtype, "float32") else None
 
     @property
-    def base_is_a_model_like_others(self) -> bool:
-        """Whether the base, listed among the models, is averaged with its own weight instead of being θ₀.
-
-        True for methods that use no base, and for `linear`, where mergekit pays no heed to `base_model` and users
-        write both models with weights that add up.
-        """
-        listed = any(same_model(entry.reference, self.base_model) for entry in self.models)
-        return self.method.base == "unused" or (listed and self.merge_method == "linear")
+    def stacks_layers(self) -> bool:
+        """Whether the output's layers are put together from slices, in any of its modules."""
+        return any(section.slices is not None for section in sections_of(self))
 
     def merge_base(self) -> str | None:
         """Return the reference whose tensors the method gets as θ₀, or None when it gets no base.
 
-        Not always `base_model`: see `base_is_a_model_like_others`. The configuration and the tokenizer of the output
-        come from `base_model` in any case. With slices: the first slice's.
+        Not always `base_model`: see `parts.averages_the_base`. The configuration and the tokenizer of the output
+        come from `base_model` in any case. With slices or modules: the first one's.
         """
         base = self.parts[0].base
         return None if base is None else base.model
@@ -267,8 +281,10 @@ class Recipe(BaseModel):
         return tuple(once[path] for path in dict.fromkeys(os.path.normpath(name) for name in named))
 
     def entries(self) -> tuple[ModelInput, ...]:
-        """Return the entries of `models`, or of all slices' `sources`."""
-        return (*self.models, *(source for part in self.slices or () for source in part.sources))
+        """Return the entries of `models`, or of all slices' `sources`, of all modules."""
+        sections = sections_of(self)
+        models = [entry for section in sections for entry in section.models]
+        return (*models, *(source for section in sections for s in section.slices or () for source in s.sources))
 
     def config_reference(self) -> str:
         """Return the checkpoint whose configuration and tokenizer the output carries."""
@@ -282,9 +298,6 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `load_recipe` (and, without our own keys, mergekit) reads back."""
         content = self.model_dump(exclude_none=True, exclude_defaults=True)
-        for entry, written in zip(self.models, content.get("models", ()), strict=False):
-            if entry.average is not None:
-                written["average"] = entry.average.model_dump(exclude_none=True)
         return yaml.dump(content, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
