@@ -15,7 +15,6 @@ from typing import Any
 from dapt_merge.atomic import disk_errors_explained, refuse_existing
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.opening import open_checkpoint
-from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import plan_merge
 from dapt_merge.merging.report import MergeReport
 from dapt_merge.merging.stream import merge_to_disk
@@ -51,7 +50,6 @@ def merge_chain(
     steps: Path | None = None
     try:
         for number, step in enumerate(chain):
-            _refuse_averages_of_outputs(step, made)
             plan = plan_merge(step.recipe, made)
             on_warnings(plan.warnings, step.name)
             is_last = number == len(chain) - 1
@@ -86,14 +84,3 @@ def _folder_beside(out: Path) -> Path:
 
 def _all_recipes(chain: Sequence[NamedRecipe]) -> str:
     return "---\n".join(("" if s.name is None else f"name: {s.name}\n") + s.recipe.to_yaml() for s in chain)
-
-
-def _refuse_averages_of_outputs(step: NamedRecipe, made: dict[str, Checkpoint]) -> None:
-    for entry in step.recipe.entries():
-        members = () if entry.average is None else entry.average.checkpoints or ()
-        if any(member in made for member in members):
-            raise InputError(
-                "an average takes checkpoints of a run, not the outputs of other recipes",
-                where=f"average of {entry.model}",
-                remedy="Use merge_method: linear with one weight for all.",
-            )

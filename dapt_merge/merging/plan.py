@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.checkpoints.alignment import Alignment, align
+from dapt_merge.checkpoints.chat_template import chosen_template
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.gathering import aligned_checkpoints
@@ -23,6 +24,7 @@ from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.checkpoints.tying import with_own_heads
+from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import Agreement, agree
 from dapt_merge.merging.stacking import LaidTensor, layout, stacked_config
@@ -109,6 +111,8 @@ class MergePlan:
     config_from: Checkpoint
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     alignment: Alignment | None = None
+    # What the output's tokenizer makes of conversations; None: what the tokenizer says itself.
+    chat_template: str | None = None
 
     def read(self, label: str, name: str) -> Tensor:
         """Return a stored tensor of one of the checkpoints, or of one of the statistics files."""
@@ -155,10 +159,22 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         opened = aligned_checkpoints(opened, alignment)
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.stacks_layers, allow_mismatch=recipe.allow_config_mismatch)
-    plan = plan_from(recipe, opened, found)
+    plan = _with_chat_template(plan_from(recipe, opened, found))
     if alignment is None:
         return plan
     return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
+
+
+def _with_chat_template(plan: MergePlan) -> MergePlan:
+    if plan.recipe.chat_template is None:
+        return plan
+    owner = plan.config_from.folder
+    models = sorted(plan.checkpoints.values(), key=lambda model: model.folder != owner)
+    found = chosen_template(plan.recipe.chat_template, models)
+    if found is not None and owner is not None and has_tokenizer(owner):
+        return replace(plan, chat_template=found)
+    why = "none of the models has one" if found is None else f"{plan.config_from.label} has no tokenizer to carry it"
+    return replace(plan, warnings=(*plan.warnings, f"chat_template has no effect: {why}"))
 
 
 def plan_from(recipe: Recipe, opened: Mapping[str, Checkpoint], agreement: Agreement) -> MergePlan:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dapt_merge import prefetch
 from dapt_merge.atomic import atomic_folder, refuse_existing
+from dapt_merge.checkpoints.chat_template import write_template
 from dapt_merge.checkpoints.checkpoint import content_fingerprint
 from dapt_merge.checkpoints.companions import copy_companions
 from dapt_merge.checkpoints.threads import default_threads, map_in_threads
@@ -92,6 +93,8 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
     copy_companions(plan.config_from, folder, plan.main_dtype)
     if plan.alignment is not None:
         write_tokenizer(plan.alignment, plan.checkpoints.values(), folder)
+    if plan.chat_template is not None:
+        write_template(folder, plan.chat_template)
 
 
 def _merge_and_write(plan: MergePlan, job: TensorJob, writer: CheckpointWriter) -> TensorOutcome:

@@ -59,6 +59,8 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
     # Only what is used: recipes that leave these out keep the fingerprints that they had before these existed.
     if recipe.vocabulary is not None:
         content |= _canonical_vocabulary(recipe.vocabulary, inputs)
+    if recipe.chat_template is not None:
+        content["chat_template"] = recipe.chat_template
     if recipe.target is not None:
         content["target"] = _content(recipe.target, inputs)
     if recipe.freeze:
