@@ -32,7 +32,7 @@ from dapt_merge.merging.report import REPORT_FILE, versions
 from dapt_merge.merging.stream import merge_to_disk, write_companions
 from dapt_merge.merging.tensor import merge_tensor
 from dapt_merge.merging.trimming import settle_cutoffs
-from dapt_merge.recipe import Recipe, load_recipe
+from dapt_merge.recipe import Recipe, load_recipe, recipe_fingerprint
 from dapt_merge.recipe.reading import relocated
 
 Progress = Callable[[int, int], None] | None
@@ -100,6 +100,8 @@ def verify_merge(
             plan = settle_cutoffs(inputs.plan(report["recipe"], made))
             differing = _differences(plan, stored, threads, on_progress)
             inputs.check(plan.checkpoints, report["inputs"])
+            if differing:
+                _check_statistics(plan, report, out)
             with tempfile.TemporaryDirectory() as folder:
                 write_companions(plan, Path(folder))
                 files = _differing_files(out, Path(folder))
@@ -211,6 +213,17 @@ def _steps_made_again(
             inputs.check(plan.checkpoints, step["inputs"])
             made[step["name"]] = open_checkpoint(Path(folder) / f"{number}", step["name"])
         yield made
+
+
+def _check_statistics(plan: MergePlan, report: Mapping[str, Any], out: Path) -> None:
+    """Refuse statistics files that are not what they were: the fingerprint of a merge counts their content in."""
+    checkpoints = {reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()}
+    if plan.statistics and recipe_fingerprint(plan.recipe, checkpoints) != report.get("fingerprint"):
+        raise InputError(
+            f"the statistics are not those of the merge: {', '.join(plan.statistics)}",
+            where=out / REPORT_FILE,
+            remedy="Give those that were: dapt-merge merge --verify OUT 'FILE=PATH'.",
+        )
 
 
 def _differences(plan: MergePlan, stored: Checkpoint, threads: int | None, on_progress: Progress) -> dict[str, str]:

@@ -1,7 +1,10 @@
 """The model card says what was done, from the report alone, and leaves out what is not known."""
 
+import json
+
+import pytest
 import yaml
-from merging_models import load_weights
+from merging_models import load_weights, save_model
 
 from dapt_merge import make_recipe, merge, open_checkpoint, plan_merge
 from dapt_merge.merging.card import CardScore, hub_id, model_card
@@ -52,6 +55,52 @@ def test_known_scores_come_with_their_error_and_their_note(models):
     assert "| french\\|medical | acc | 0.5000 ± 0.0125 | +2.0000 points |" in card
     assert "| general | acc | 0.2500 |  |" in card
     assert "On the items that chose the merge." in card
+
+
+def test_the_hub_reads_the_front_matter_as_a_model_card_with_its_scores(models, tmp_path):
+    from huggingface_hub import ModelCard
+
+    snapshot = tmp_path / "models--org--base" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(models["base"])
+    report = merge(models["base"], models["one"], "linear", weight=0.5).report()
+    checkpoints = {"org/base": open_checkpoint(snapshot), "dapt": open_checkpoint(models["one"])}
+    scores = [CardScore("domain-fr", "bits_per_byte", 0.75, 0.01), CardScore("general", "acc", 0.25, None)]
+    card = ModelCard(model_card(report, checkpoints, scores=scores), ignore_metadata_errors=False)
+    assert card.data.base_model == ["org/base"]
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+    found = [(e.dataset_name, e.metric_type, e.metric_value, e.task_type) for e in card.data.eval_results]
+    assert found == [
+        ("domain-fr", "bits_per_byte", 0.75, "text-generation"),
+        ("general", "acc", 0.25, "text-generation"),
+    ]
+    assert card.text.lstrip().startswith("# Merge by linear")
+
+
+def test_what_the_checkpoints_say_of_their_training_is_told_without_folders(models, tmp_path):
+    from huggingface_hub import ModelCard
+
+    folder = save_model(tmp_path / "run" / "checkpoint-8", load_weights(models["one"]))
+    sources = [
+        {"path": "/home/someone/private/notes.jsonl", "role": "domain", "language": "fr", "licence": "CC0"},
+        {"hub": "org/replay", "role": "replay"},
+    ]
+    details = {"tokens_seen": 12_000, "config": {"corpus": sources}}
+    (folder / "dapt_checkpoint.json").write_text(json.dumps(details))
+    merge(models["base"], folder, "linear", weight=0.5).save(tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard(text)
+    assert (card.data.datasets, card.data.language) == (["org/replay"], ["fr"])
+    assert "12,000 tokens of `notes.jsonl` (domain, fr, CC0), `org/replay` (replay)" in text
+    assert "private" not in text
+
+
+@pytest.mark.parametrize("details", ["", "[]", "{}", '{"config": {"corpus": "x"}}', '{"config": {"corpus": [1]}}'])
+def test_training_details_of_any_form_leave_the_merge_alone(models, tmp_path, details):
+    folder = save_model(tmp_path / "odd", load_weights(models["one"]))
+    (folder / "dapt_checkpoint.json").write_text(details)
+    merge(models["base"], folder, "linear", weight=0.5).save(tmp_path / "out")
+    assert not {"datasets", "language"} & front_matter((tmp_path / "out" / "README.md").read_text()).keys()
 
 
 def test_equal_merges_have_equal_cards(models, tmp_path):

@@ -20,6 +20,20 @@ def test_the_report_identifies_inputs_and_output_by_content(models, tmp_path):
     assert set(report.versions) >= {"python", "torch", "safetensors", "dapt-merge"}
 
 
+def test_the_report_says_what_each_tensor_got_and_what_rounding_took_of_it(models, tmp_path):
+    weight = {"attention": 0.3, "mlp": 0.7, "rest": 0.0}
+    lazy = merge(models["base"], models["one"], "task_arithmetic", weight=weight, out_dtype="bfloat16")
+    report = lazy.save(tmp_path / "out").to_dict()
+    got = {name: line for line in report["lines"] for name in line["names"]}
+    assert got.keys() == set(lazy)
+    assert list(got["model.layers.1.mlp.up_proj.weight"]["parameters"]["weight"]) == [0.7]
+    assert got["model.norm.weight"]["copied_from"] == str(models["base"])
+    assert {line["out_dtype"] for line in report["lines"]} == {"bfloat16"}
+    updated, lost = map(sum, zip(*report["rounding"].values(), strict=True))
+    assert (updated, lost) == (report["updated_elements"], report["lost_elements"])
+    assert 0 < lost < updated
+
+
 def test_the_merge_fingerprint_follows_recipe_and_inputs(models, tmp_path):
     def fingerprint(base, dapt, **parameters):
         return merge(base, dapt, "linear", **parameters).report().fingerprint
