@@ -114,7 +114,8 @@ def apply_adapter(base: Checkpoint, adapter: Adapter, label: str) -> Checkpoint:
     changes = _changes(base, adapter)
     config = dict(base.config)
     aliases = {name: owner for name, owner in base.aliases.items() if name not in changes}
-    if len(aliases) < len(base.aliases):
+    _, head = embedding_and_head(changes)
+    if len(aliases) < len(base.aliases) or (head is not None and head not in base.tensors):
         # A head that the adapter changes is tied no longer; an embedding that it changes takes its tied head along.
         config["tie_word_embeddings"] = False
     untied = {n: replace(base.tensors[owner], name=n) for n, owner in base.aliases.items() if n in changes}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.checkpoints.vocabulary import check_same_vocabulary
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import agree
@@ -85,7 +86,7 @@ def comparable(base: Checkpoint, model: Checkpoint, name: str) -> bool:
 
 def _merge_refused(base: Checkpoint, model: Checkpoint) -> tuple[str | None, tuple[str, ...]]:
     try:
-        return None, agree([base, model]).warnings
+        return None, agree(list(with_own_heads({"base": base, "model": model}).values())).warnings
     except InputError as error:
         return error.what, ()
 

@@ -1,8 +1,9 @@
 """Do these checkpoints belong to one merge, and which tensors does it have?
 
 Averaging two models that differ in more than their weights gives numbers and no sense; here such inputs are refused,
-with both values named. A head that one checkpoint ties to its embedding, another stores as a copy of it, is reconciled;
-tables that hold no training, and poolers that only some files keep, are left out and reported.
+with both values named. A head that one checkpoint ties to its embedding, another stores as a copy of it, is reconciled
+(one that another has trained on its own: see `tying`); tables that hold no training, and poolers that only some files
+keep, are left out and reported.
 What this module does not know: recipes and methods.
 """
 
@@ -13,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo, config_value
 from dapt_merge.checkpoints.groups import embedding_and_head
+from dapt_merge.checkpoints.tying import same_bytes
 from dapt_merge.checkpoints.vocabulary import check_same_vocabulary
 from dapt_merge.errors import InputError, nearest
 
@@ -32,6 +32,16 @@ _MUST_AGREE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("head_dim", ("head_dim", "d_kv")),
     ("intermediate_size", ("intermediate_size", "n_inner", "ffn_dim", "d_ff")),
     ("hidden_act", ("hidden_act", "activation_function", "hidden_activation")),
+    (
+        "norm_eps",
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon"),
+    ),
+    ("num_experts", ("num_local_experts", "num_experts", "n_routed_experts")),
+    ("num_experts_per_tok", ("num_experts_per_tok", "moe_topk")),
+    ("attn_logit_softcapping", ("attn_logit_softcapping",)),
+    ("final_logit_softcapping", ("final_logit_softcapping",)),
+    ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct")),
+    ("position_embedding_type", ("position_embedding_type",)),
 )
 # Position tables and masks that old files store and new ones recompute: they carry no training. The masks of GPT-2 and
 # GPT-NeoX are told from a bias by their four dimensions.
@@ -41,6 +51,7 @@ _RECOMPUTED = re.compile(
 )
 _MASK = re.compile(r"(?:^|\.)(?:attn|attention)\.bias$")
 # Parts that pre-training used beside the language model; a file from a class without them lacks nothing.
+_NAMED = 5
 _SIDE_PARTS = re.compile(r"(?:^|\.)(?:pooler|cls\.seq_relationship)\.")
 
 
@@ -118,7 +129,10 @@ def _is_recomputed(name: str, info: TensorInfo) -> bool:
 
 def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) -> None:
     stated = [(key, keys) for key, keys in _MUST_AGREE if key not in free]
-    pairs = [(key, config_value(first.config, *keys), config_value(other.config, *keys)) for key, keys in stated]
+    pairs = [
+        (_own_word(first, key, keys), config_value(first.config, *keys), config_value(other.config, *keys))
+        for key, keys in stated
+    ]
     rope, other_rope = _rope(first.config), _rope(other.config)
     if rope and other_rope:
         pairs += [(key, rope.get(key), other_rope.get(key)) for key in sorted(rope.keys() | other_rope.keys())]
@@ -132,6 +146,11 @@ def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) ->
                 else "Merge checkpoints of one model: the base, and what was trained from it. Where you know that"
                 " the difference does not matter, set 'allow_config_mismatch: true' in the recipe.",
             )
+
+
+def _own_word(checkpoint: Checkpoint, name: str, keys: Sequence[str]) -> str:
+    """Return the key that the checkpoint's config.json itself uses for a setting."""
+    return next((key for key in keys if config_value(checkpoint.config, key) is not None), name)
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,22 +171,16 @@ def _tied_head(checkpoints: Sequence[Checkpoint]) -> tuple[str | None, list[str]
     pairs = [(checkpoint, *embedding_and_head(checkpoint.tensors)) for checkpoint in checkpoints]
     for checkpoint in checkpoints:
         for head, embedding in checkpoint.aliases.items():
-            if not _same_bytes(checkpoint, head, embedding):
+            if not same_bytes(checkpoint, head, embedding):
                 raise _tie_contradicted(checkpoint, head, embedding)
     stored = [(checkpoint, embedding, head) for checkpoint, embedding, head in pairs if embedding and head]
     if not stored or len(stored) == len(checkpoints):
         return None, []
-    copies = [checkpoint for checkpoint, embedding, head in stored if _same_bytes(checkpoint, head, embedding)]
-    if len(copies) == len(stored):
-        head, labels = stored[0][2], ", ".join(checkpoint.label for checkpoint in copies)
-        return head, [f"{head} is a copy of the embedding in {labels} and tied in the others; it is merged as tied"]
-    untied = next(checkpoint for checkpoint, _, _ in stored if checkpoint not in copies)
-    tied = next(checkpoint for checkpoint, _, head in pairs if not head)
-    raise InputError(
-        f"tie_word_embeddings is true in {tied.label} and false in {untied.label}, whose head is not its embedding",
-        where=untied.label,
-        remedy="Merge checkpoints that agree on it; or first save the tied one with a head of its own.",
-    )
+    copies = [checkpoint for checkpoint, embedding, head in stored if same_bytes(checkpoint, head, embedding)]
+    if len(copies) < len(stored):
+        return None, []
+    head, labels = stored[0][2], ", ".join(checkpoint.label for checkpoint in copies)
+    return head, [f"{head} is a copy of the embedding in {labels} and tied in the others; it is merged as tied"]
 
 
 def _tie_contradicted(checkpoint: Checkpoint, head: str, embedding: str) -> InputError:
@@ -178,19 +191,13 @@ def _tie_contradicted(checkpoint: Checkpoint, head: str, embedding: str) -> Inpu
     )
 
 
-def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    first, second = checkpoint.read_stored(one), checkpoint.read_stored(other)
-    if first.data_ptr() == second.data_ptr():
-        return True
-    return first.dtype == second.dtype and torch.equal(first, second)
-
-
 def _check_tensors(first: Checkpoint, other: Checkpoint, ignored: set[str]) -> None:
     for one, two in ((first, other), (other, first)):
         missing = [name for name in one.tensors if name not in two.tensors and name not in ignored]
         if missing:
+            named = ", ".join(f"'{name}'" for name in missing[:_NAMED]) + ", …" * (len(missing) > _NAMED)
             raise InputError(
-                f"{len(missing)} tensors of {one.label} are not in {two.label}, the first is '{missing[0]}'."
+                f"{len(missing)} tensors of {one.label} are not in {two.label}: {named}."
                 f"{nearest(missing[0], tuple(two.tensors))}",
                 where=two.label,
                 remedy="Merge checkpoints of one architecture, saved from the same model class.",

@@ -24,6 +24,7 @@ from dapt_merge.checkpoints.adapters import ADAPTER_WEIGHTS, TRANSPOSING_TYPES
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import agree
 
@@ -111,6 +112,7 @@ def extract_lora(
     refuse_existing(out, overwrite)
     if rank < 1:
         raise InputError(f"the rank is {rank}; it must be 1 or more", where="rank", remedy="Give for example 16.")
+    base, merged = with_own_heads({"base": base, "merged": merged}).values()
     names = agree([base, merged]).names
     # One thread: the random numbers are torch's global ones, and sums over several cores would round differently.
     pieces = map_in_threads(

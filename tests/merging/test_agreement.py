@@ -23,6 +23,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
         ("num_attention_heads", 8),
         ("num_key_value_heads", 4),
         ("rope_theta", 500000.0),
+        ("rms_norm_eps", 1e-6),
         ("hidden_act", "gelu"),
     ],
 )
@@ -142,13 +143,49 @@ def test_a_stored_copy_of_the_tied_head_merges_with_a_checkpoint_without_one(mod
     assert torch.equal(model.lm_head.weight, expected[EMBEDDING])
 
 
-def test_a_head_that_is_not_the_embedding_is_refused_where_the_other_ties_it(models, tmp_path):
+@pytest.mark.parametrize("tied_side", ["base", "dapt"])
+def test_a_head_of_its_own_beside_a_tied_one_is_merged_with_the_tied_ones_embedding(models, tmp_path, tied_side):
+    weights = load_weights(models["one"])
+    own = weights | {HEAD: weights[EMBEDDING] + 1}
+    untied = save_model(tmp_path / "untied", own, CONFIG | {"tie_word_embeddings": False})
+    pair = (models["base"], untied) if tied_side == "base" else (untied, models["base"])
+    lazy = merge(*pair, "linear", weight=0.25)
+    assert set(lazy) == set(own)
+    first, second = (load_weights(folder) for folder in pair)
+    for name in (EMBEDDING, HEAD):
+        one, two = first.get(name, first[EMBEDDING]), second.get(name, second[EMBEDDING])
+        torch.testing.assert_close(lazy[name], 0.75 * one + 0.25 * two)
+    report = lazy.save(tmp_path / "out")
+    assert any("the merge has a head of its own" in warning for warning in report.warnings)
+    assert report.inputs[str(models["base"])] == open_checkpoint(models["base"]).fingerprint()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    model = lazy.to_model()
+    assert torch.equal(model.lm_head.weight, lazy[HEAD])
+    assert torch.equal(model.get_input_embeddings().weight, lazy[EMBEDDING])
+
+
+def test_end_points_of_a_tied_and_an_untied_model_are_exact(models, tmp_path):
+    weights = load_weights(models["one"])
+    own = weights | {HEAD: weights[EMBEDDING] + 1}
+    untied = save_model(tmp_path / "untied", own, CONFIG | {"tie_word_embeddings": False})
+    for weight, expected in ((1.0, own), (0.0, (base := load_weights(models["base"])) | {HEAD: base[EMBEDDING]})):
+        lazy = merge(models["base"], untied, "ties", weight=weight, density=1.0)
+        assert all(torch.equal(lazy[name], expected[name]) for name in expected)
+
+
+def test_a_live_model_takes_a_tied_and_an_untied_checkpoint_if_it_has_two_tables(models, tmp_path):
+    from dapt_merge import make_recipe
+
     weights = load_weights(models["one"])
     untied = save_model(
         tmp_path / "untied", weights | {HEAD: weights[EMBEDDING] + 1}, CONFIG | {"tie_word_embeddings": False}
     )
-    with pytest.raises(InputError, match=r"tie_word_embeddings is true in .*base and false in .*untied"):
-        merge(models["base"], untied, "linear", weight=0.5)
+    checkpoints = {"base": open_checkpoint(models["base"]), "one": open_checkpoint(untied)}
+    model = model_from_config(checkpoints["one"], torch.float32)
+    ResidentMerger(model, checkpoints).apply(make_recipe("base", ["one"], "linear", weight=0.5))
+    assert torch.equal(model.lm_head.weight, merge(models["base"], untied, "linear", weight=0.5)[HEAD])
+    with pytest.raises(InputError, match="ties"):
+        ResidentMerger(model_from_config(checkpoints["base"], torch.float32), checkpoints)
 
 
 def test_a_config_that_ties_what_differs_in_the_file_is_refused(models, tmp_path):
