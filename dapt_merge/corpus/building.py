@@ -7,14 +7,33 @@ differs in the budget only packs again. Training is not known here.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dapt_merge.corpus.built import BuiltCorpus
+import xxhash
+
+from dapt_merge.atomic import atomic_folder, refuse_existing
+from dapt_merge.corpus.built import MANIFEST, TRAIN, BuiltCorpus, open_corpus
 from dapt_merge.corpus.config import CorpusConfig
+from dapt_merge.corpus.documents import (
+    REMOVED,
+    DocumentStore,
+    documents_fingerprint,
+    load_item_runs,
+    store_documents,
+)
+from dapt_merge.corpus.manifest import corpus_manifest, manifest_in_markdown, notes_on
+from dapt_merge.corpus.mixing import Mix, resolve_mix
+from dapt_merge.corpus.packing import lay_out, write_rows
+from dapt_merge.corpus.tokens import TokenStore, require_separator, store_tokens, tokenizer_fingerprint
+from dapt_merge.errors import InputError
 
 OnProgress = Callable[[str, int, int], None]
+_FORMAT = "1"
+_BUDGET = ("replay_share", "sequence_length", "attention", "tokens", "epochs", "seed")
 
 
 def build_corpus(
@@ -41,9 +60,104 @@ def build_corpus(
     Raises:
         InputError: an unusable source, suite or tokenizer; nothing is left after the filters; `out` exists.
     """
-    raise NotImplementedError
+    require_separator(tokenizer)
+    cache = _cache_folder(config)
+    note = on_note or (lambda text: None)
+    if out is not None and not overwrite:
+        found = _same_corpus(out, config, tokenizer, rows_multiple)
+        if found is not None:
+            note(f"the corpus in {out} is complete; nothing to do")
+            return found
+    progress = {"processes": config.processes, "on_progress": on_progress}
+    documents = store_documents(config.documents, cache, **progress)  # type: ignore[arg-type]
+    tokens = store_tokens(documents, tokenizer, cache, **progress)  # type: ignore[arg-type]
+    mix = resolve_mix(config, _held(tokens, len(config.sources)), rows_multiple)
+    fingerprint = _fingerprint(config, documents.fingerprint, tokenizer, rows_multiple)
+    folder = out or cache / f"rows-{_with_labels(fingerprint, config)}"
+    if out is not None or not (folder / MANIFEST).is_file():
+        with atomic_folder(folder, overwrite=overwrite or out is None) as temporary:
+            _write(config, documents, tokens, mix, tokenizer, fingerprint, temporary, on_progress)
+    built = open_corpus(folder)
+    for line in notes_on(built.manifest):
+        note(line)
+    return built
 
 
 def corpus_fingerprint(config: CorpusConfig, tokenizer: Any, *, rows_multiple: int = 1) -> str:
-    """Return the fingerprint that the built corpus will have, by reading (not cleaning) the sources' files."""
-    raise NotImplementedError
+    """Return the fingerprint that the built corpus will have, by reading (not cleaning) the sources' files.
+
+    Raises:
+        InputError: an unusable source or suite.
+    """
+    documents = documents_fingerprint(config.documents, load_item_runs(config.documents))
+    return _fingerprint(config, documents, tokenizer, rows_multiple)
+
+
+def _cache_folder(config: CorpusConfig) -> Path:
+    if config.cache_folder is not None:
+        return config.cache_folder.expanduser()
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dapt-merge"
+
+
+def _held(tokens: TokenStore, sources: int) -> list[int]:
+    return [int(tokens.lengths[tokens.sources == number].sum()) for number in range(sources)]
+
+
+def _fingerprint(config: CorpusConfig, documents: str, tokenizer: Any, rows_multiple: int) -> str:
+    key = {
+        "format": _FORMAT,
+        "documents": documents,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "sources": [[source.role, source.weight, source.share] for source in config.sources],
+        "rows_multiple": rows_multiple,
+        **{name: getattr(config, name) for name in _BUDGET},
+    }
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())}"
+
+
+def _with_labels(fingerprint: str, config: CorpusConfig) -> str:
+    """Name rows by their content and by what the manifest says of the sources, which may change without them."""
+    labels = [[source.title, source.licence, source.language, source.place] for source in config.sources]
+    return xxhash.xxh3_128_hexdigest(f"{fingerprint}{json.dumps(labels)}".encode())
+
+
+def _same_corpus(out: Path, config: CorpusConfig, tokenizer: Any, rows_multiple: int) -> BuiltCorpus | None:
+    """Open what is in `out` if it is this corpus; refuse anything else there."""
+    if not (out / MANIFEST).is_file():
+        refuse_existing(out, overwrite=False)
+        return None
+    found = open_corpus(out)
+    if found.fingerprint != corpus_fingerprint(config, tokenizer, rows_multiple=rows_multiple):
+        raise InputError(
+            "the output holds another corpus (other texts, steps, tokenizer or budget)",
+            where=out,
+            remedy="Choose another folder, or pass --overwrite to replace it.",
+        )
+    return found
+
+
+def _write(
+    config: CorpusConfig,
+    documents: DocumentStore,
+    tokens: TokenStore,
+    mix: Mix,
+    tokenizer: Any,
+    fingerprint: str,
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> None:
+    (folder / TRAIN).mkdir()
+    counts = write_rows(
+        lay_out(config, tokens, mix),
+        tokens,
+        folder / TRAIN,
+        sequence_length=config.sequence_length,
+        fingerprint=fingerprint,
+        on_progress=on_progress,
+    )
+    manifest = corpus_manifest(config, documents, tokens, mix, counts, tokenizer, fingerprint)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "manifest.md").write_text(manifest_in_markdown(manifest), encoding="utf-8")
+    shutil.copyfile(documents.folder / REMOVED, folder / REMOVED)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError
-from dapt_merge.yaml_files import explained, parse_override, read_mapping, set_at
+from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
 
 Role = Literal["domain", "replay"]
 ROLES: tuple[Role, Role] = ("domain", "replay")
@@ -306,22 +306,24 @@ def corpus_fields_at(location: tuple[int | str, ...], root: type[BaseModel]) -> 
 
 def locate_inputs(content: dict[str, Any], folder: Path) -> None:
     """Point the inputs of a corpus that lie beside its YAML file, and not in the current folder, to there."""
+
+    def found(reference: Any) -> Any:
+        return located(reference, folder) if isinstance(reference, str) else reference
+
     if "tokenizer" in content:
-        content["tokenizer"] = _located(content["tokenizer"], folder)
+        content["tokenizer"] = found(content["tokenizer"])
     sources = content.get("sources")
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        if isinstance(source, dict) and "path" in source:
-            source["path"] = _located(source["path"], folder)
-        else:
-            sources[index] = _located(source, folder)
+    if isinstance(sources, list):
+        for index, source in enumerate(sources):
+            if isinstance(source, dict) and "path" in source:
+                source["path"] = found(source["path"])
+            else:
+                sources[index] = found(source)
     against = content.get("decontaminate")
     if isinstance(against, dict) and isinstance(against.get("suites"), list):
-        against["suites"] = [_located(suite, folder) for suite in against["suites"]]
-
-
-def _located(path: Any, folder: Path) -> Any:
-    usable = isinstance(path, str) and not Path(path).expanduser().exists() and (folder / path).exists()
-    return str(folder / path) if usable else path
+        against["suites"] = [found(suite) for suite in against["suites"]]
+    elif isinstance(against, list):
+        content["decontaminate"] = [found(suite) for suite in against]
 
 
 def required_output(config: CorpusConfig) -> Path:

@@ -1,0 +1,204 @@
+"""Documents as they were read to documents as they are kept: each step counts what it changed and what it left out.
+
+In this order: boilerplate lines go, Unicode is repaired, whitespace tidied, then the filters of quality and language
+look at what is there. Beside its text every kept document gets a hash of it and a MinHash signature, for `duplicates`,
+and is looked up among the runs of words of the items that will judge the model (`contamination`).
+A batch of documents goes in, a batch comes out; the counts add up over batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from dapt_merge.corpus.boilerplate import without_boilerplate
+from dapt_merge.corpus.characters import (
+    CharacterLosses,
+    lone_surrogates_replaced,
+    repair_unicode,
+    tidy_whitespace,
+)
+from dapt_merge.corpus.config import Clean, NearDuplicates
+from dapt_merge.corpus.contamination import Contact, Detector
+from dapt_merge.corpus.filters import language_fault, quality_fault
+from dapt_merge.corpus.reading import Document
+
+EMPTY = "empty"
+_SHOWN_LINES = 20
+
+
+class Left(NamedTuple):
+    """A document that was left out: why, and where it stands."""
+
+    reason: str
+    file: str
+    number: int
+
+
+@dataclass
+class CleaningCounts:
+    """What cleaning did to a source; adds up.
+
+    Attributes:
+        read: documents read, characters in them.
+        unicode: what `repair_unicode` took away.
+        whitespace: what `tidy_whitespace` took away.
+        boilerplate_lines: the lines that went, with how often each did (the most frequent ones).
+        lone_surrogates: documents with halves of surrogate pairs, replaced by U+FFFD.
+    """
+
+    read: int = 0
+    read_characters: int = 0
+    kept_characters: int = 0
+    unicode: CharacterLosses = field(default_factory=CharacterLosses)
+    whitespace: CharacterLosses = field(default_factory=CharacterLosses)
+    boilerplate_lines: Counter[str] = field(default_factory=Counter)
+    boilerplate_documents: int = 0
+    lone_surrogates: int = 0
+
+    def merge(self, other: CleaningCounts) -> None:
+        """Add the counts of another batch."""
+        self.read += other.read
+        self.read_characters += other.read_characters
+        self.kept_characters += other.kept_characters
+        self.unicode.merge(other.unicode)
+        self.whitespace.merge(other.whitespace)
+        self.boilerplate_lines.update(other.boilerplate_lines)
+        self.boilerplate_documents += other.boilerplate_documents
+        self.lone_surrogates += other.lone_surrogates
+
+
+@dataclass
+class CleanBatch:
+    """The documents of a batch that were kept, those that were left out, and the counts.
+
+    Attributes:
+        texts: the kept texts.
+        places: their files and numbers.
+        digests: a 64-bit hash of each kept text, uint64 [kept].
+        signatures: uint32 [kept, permutations], or None when near duplicates are not looked for.
+        contacts: the kept documents, by their number in `texts`, that share words with items.
+        left: what was left out.
+        counts: what was done.
+    """
+
+    texts: list[str]
+    places: list[tuple[str, int]]
+    digests: np.ndarray
+    signatures: np.ndarray | None
+    contacts: dict[int, Contact]
+    left: list[Left]
+    counts: CleaningCounts
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to the documents; sent once to every process.
+
+    Args:
+        clean: the steps, or None.
+        near: how signatures are made, or None.
+        repeated_lines: a file with the hashes of boilerplate lines (`.npy`), or None.
+        item_runs: a file of `contamination.ItemRuns`, or None.
+    """
+
+    clean: Clean | None
+    near: NearDuplicates | None
+    repeated_lines: Path | None
+    item_runs: Path | None
+
+
+_treatment: Treatment
+_repeated: np.ndarray
+_detector: Detector | None
+
+
+def prepare_process(treatment: Treatment) -> None:
+    """Set what this process does; the first thing that a process is told."""
+    global _treatment, _repeated, _detector
+    _treatment = treatment
+    lines = treatment.repeated_lines
+    _repeated = np.load(lines) if lines is not None else np.empty(0, dtype=np.uint64)
+    _detector = Detector(treatment.item_runs) if treatment.item_runs is not None else None
+
+
+def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:
+    """Clean a batch of documents of one language (None: not told) as `prepare_process` was told."""
+    language, documents = batch
+    counts, kept, left = CleaningCounts(), [], []
+    for document in documents:
+        counts.read += 1
+        counts.read_characters += len(document.text)
+        text = _repaired(document.text, counts)
+        fault = _fault(text, language)
+        if fault:
+            left.append(Left(fault, document.file, document.number))
+        else:
+            kept.append((text, document))
+            counts.kept_characters += len(text)
+    texts = [text for text, _ in kept]
+    contacts = [_detector.contact(text) for text in texts] if _detector is not None else []
+    counts.boilerplate_lines = Counter(dict(counts.boilerplate_lines.most_common(10 * _SHOWN_LINES)))
+    return CleanBatch(
+        texts=texts,
+        places=[(document.file, document.number) for _, document in kept],
+        digests=np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], dtype=np.uint64),
+        signatures=_signatures(texts),
+        contacts={number: contact for number, contact in enumerate(contacts) if contact is not None},
+        left=left,
+        counts=counts,
+    )
+
+
+def _repaired(text: str, counts: CleaningCounts) -> str:
+    clean = _treatment.clean
+    if clean is not None and clean.boilerplate is not None:
+        text, gone = without_boilerplate(text, _repeated, clean.boilerplate)
+        if gone:
+            counts.boilerplate_documents += 1
+            counts.boilerplate_lines.update(gone)
+    if clean is not None and clean.unicode:
+        repaired = repair_unicode(text)
+        if repaired != text:
+            counts.unicode.add(text, repaired)
+            text = repaired
+    if clean is not None and clean.whitespace:
+        tidied = tidy_whitespace(text)
+        if tidied != text:
+            counts.whitespace.add(text, tidied)
+            text = tidied
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            counts.lone_surrogates += 1
+            text = lone_surrogates_replaced(text)
+    return text
+
+
+def _fault(text: str, language: str | None) -> str | None:
+    if not text or text.isspace():
+        return EMPTY
+    clean = _treatment.clean
+    if clean is None:
+        return None
+    fault = quality_fault(text, clean.quality) if clean.quality is not None else None
+    if fault is None and clean.language is not None and language is not None:
+        fault = language_fault(text, language, clean.language)
+    return fault
+
+
+def _signatures(texts: Sequence[str]) -> np.ndarray | None:
+    near = _treatment.near
+    if near is None:
+        return None
+    from dapt_merge.corpus.shingles import shingles, signature
+
+    rows = [signature(shingles(text, near.ngram), near.permutations) for text in texts]
+    return np.stack(rows) if rows else np.empty((0, near.permutations), dtype=np.uint32)

@@ -1,0 +1,77 @@
+"""Which documents are left out for what they look like: length, symbols, repetition, language.
+
+Each filter is a bound that the configuration declares, and says its name when it strikes, so that a report can count
+and the reader can doubt. No filter changes a text.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from dapt_merge.corpus.config import LanguageFilter, Quality
+
+_NO_SYMBOLS = re.compile(r"[^\W_]+|\s+")
+_REPETITION_NGRAM = 3
+_REPETITION_FROM_WORDS = 50
+# A language shows in the first page; reading the rest of a book tells no more.
+_LANGUAGE_CHARACTERS = 2000
+
+
+def quality_fault(text: str, bounds: Quality) -> str | None:
+    """Return the name of the first bound that a text is outside of, or None.
+
+    Example:
+        >>> quality_fault("ok", Quality()), quality_fault("| -- | -- | " * 9, Quality())
+        ('shorter than minimum_characters', 'above maximum_symbol_share')
+    """
+    if bounds.minimum_characters is not None and len(text) < bounds.minimum_characters:
+        return "shorter than minimum_characters"
+    if bounds.maximum_characters is not None and len(text) > bounds.maximum_characters:
+        return "longer than maximum_characters"
+    if bounds.maximum_symbol_share is not None and symbol_share(text) > bounds.maximum_symbol_share:
+        return "above maximum_symbol_share"
+    if bounds.maximum_repetition_share is not None and repetition(text) > bounds.maximum_repetition_share:
+        return "above maximum_repetition_share"
+    return None
+
+
+def symbol_share(text: str) -> float:
+    """Return the share of the characters other than spaces that are neither letters nor digits of any script.
+
+    Example:
+        >>> symbol_share("0,5 µg")
+        0.2
+    """
+    visible = sum(len(word) for word in text.split())
+    return len(_NO_SYMBOLS.sub("", text)) / visible if visible else 0.0
+
+
+def repetition(text: str) -> float:
+    """Return the share of word trigrams that occurred in the text before; 0 below 50 words."""
+    from dapt_merge.corpus.shingles import repetition_share, shingles
+
+    hashes = shingles(text, _REPETITION_NGRAM)
+    return repetition_share(hashes) if len(hashes) + _REPETITION_NGRAM - 1 >= _REPETITION_FROM_WORDS else 0.0
+
+
+def language_fault(text: str, language: str, bounds: LanguageFilter) -> str | None:
+    """Return `"language: xx"` when a text is, with the probability asked for, in another language than told."""
+    if len(text) < bounds.minimum_characters:
+        return None
+    found, probability = _identifier().classify(text[:_LANGUAGE_CHARACTERS])
+    return f"language: {found}" if found != language and probability >= bounds.minimum_probability else None
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+@cache
+def known_languages() -> tuple[str, ...]:
+    """Return the languages that the filter can tell, sorted."""
+    return tuple(sorted(str(label) for label in _identifier().labels))
