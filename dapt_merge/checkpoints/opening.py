@@ -22,6 +22,7 @@ from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
 from dapt_merge.checkpoints.files import PICKLES, map_file, read_header, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, second_names
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
+from dapt_merge.checkpoints.live_names import stored_state
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.errors import InputError, nearest
 
@@ -56,7 +57,7 @@ def open_checkpoint(
     if isinstance(source, Mapping):
         return _open_state_dict(source, label or "state dict in memory", {})
     if callable(getattr(source, "state_dict", None)) and hasattr(source, "config"):
-        return _open_state_dict(source.state_dict(), label or "model in memory", source.config.to_dict())
+        return _open_state_dict(stored_state(source), label or "model in memory", source.config.to_dict())
     raise InputError(
         f"cannot open a {type(source).__name__} as a checkpoint",
         remedy="Give a folder, a .safetensors file, a hub id, a PreTrainedModel or a state dict.",

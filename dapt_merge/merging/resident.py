@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.live_names import copied_names, stored_state
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.checkpoints.tying import with_own_heads
@@ -166,8 +167,7 @@ def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, T
             raise InputError(
                 f"{len(found)} tensors are {problem}, the first is '{found[0]}'",
                 where="the live model",
-                remedy="Build the model from the configuration of the checkpoints; where its class stores its weights "
-                "under other names than it uses (mixtures of experts), merge to a folder and load that.",
+                remedy="Build the model from the configuration of the checkpoints.",
             )
     live = {name: state[name] for name in names if name in state}
     _refuse_one_memory_for_two(live)
@@ -176,7 +176,14 @@ def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, T
 
 def _named_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return the model's state under the names that checkpoints have here."""
-    state = model.state_dict(keep_vars=True)
+    state = stored_state(model, keep_vars=True)
+    copied = copied_names(state, model)
+    if copied:
+        raise InputError(
+            f"the model holds {len(copied)} tensors in another form than its files, the first is '{copied[0]}'",
+            where="the live model",
+            remedy="They cannot be rewritten in place: merge to a folder and load that.",
+        )
     to_dict: Any = getattr(getattr(model, "config", None), "to_dict", dict)
     named = canonical_names(state, to_dict())
     return {named[name]: tensor for name, tensor in state.items()}

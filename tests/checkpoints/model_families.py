@@ -17,6 +17,7 @@ _BODY = {
 }
 _GROUPED = {**_BODY, "num_key_value_heads": 2}
 _HEADED = {**_GROUPED, "head_dim": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
@@ -59,6 +60,39 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", _HEADED),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _HEADED),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _HEADED),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_HEADED, **_EXPERTS, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_HEADED, **_EXPERTS}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, **_EXPERTS}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {
+            **_BODY,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**_HEADED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite_moe": (
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "phi": ("PhiForCausalLM", "PhiConfig", _BODY),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {**_BODY, "pad_token_id": 0}),
 }

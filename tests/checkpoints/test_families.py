@@ -263,3 +263,33 @@ def test_a_live_merge_of_an_encoder_can_be_repeated(pair):
     assert open_checkpoint(model).fingerprint() == checkpoints["dapt"].fingerprint()
     merger.apply(make_recipe("base", ["dapt"], "linear", weight=0.0))
     assert open_checkpoint(model).fingerprint() == checkpoints["base"].fingerprint()
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+def test_a_live_mixture_of_experts_is_read_and_rewritten_expert_by_expert_in_its_own_memory(pair):
+    base, dapt = pair("mixtral")
+    model = tiny_model("mixtral")
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    merger = ResidentMerger(model, {"base": open_checkpoint(base), "dapt": open_checkpoint(dapt)})
+    fused = model.model.layers[1].mlp.experts.gate_up_proj
+    before = fused.data_ptr()
+    merger.apply(make_recipe("base", ["dapt"], "linear", weight=1.0))
+    assert fused.data_ptr() == before
+    expected = load_file(dapt / "model.safetensors")[name]
+    assert torch.equal(fused[2, expected.shape[0] :], expected)
+    live = open_checkpoint(model)
+    with torch.no_grad():
+        fused[2].zero_()
+    assert not live.read(name).any()
+
+
+def test_a_live_model_whose_files_need_a_copy_is_refused_as_a_target(pair, monkeypatch):
+    from dapt_merge.merging import resident
+
+    model = tiny_model("mixtral")
+    copies = lambda model, keep_vars=False: {n: t.clone() for n, t in model.state_dict().items()}  # noqa: E731
+    monkeypatch.setattr(resident, "stored_state", copies)
+    with pytest.raises(InputError, match="another form than its files"):
+        ResidentMerger(model, {"base": open_checkpoint(pair("mixtral")[0])})

@@ -1,0 +1,59 @@
+"""A live model's tensors under the names that its files have.
+
+transformers holds some parts otherwise in memory than in files: the experts of a layer, which files list one by one,
+are one tensor. Its own conversion says how; here it is asked for views instead of copies, so that reading one of them
+reads the live model, and writing to it writes there. What the tensors mean this module does not know.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _WithoutCopies(TorchFunctionMode):
+    """Leaves a piece of a tensor where it is, where transformers would copy it to have it in one run of memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def stored_state(model: Any, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """Return a model's state dict under the names, and in the pieces, that its files have.
+
+    The pieces are views of the model's memory wherever they can be; `copied_names` tells.
+
+    Args:
+        model: a `PreTrainedModel`; any other module's state is returned as it is.
+        keep_vars: as for `Module.state_dict`.
+
+    Example:
+        >>> list(stored_state(torch.nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    state = dict(model.state_dict(keep_vars=keep_vars))
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return state
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers converted anything
+        return state
+    try:
+        with torch.no_grad(), _WithoutCopies():
+            return dict(revert_weight_conversion(model, state))
+    except Exception:  # some conversions cannot be undone; then the names are those in memory, and are told to differ
+        return state
+
+
+def copied_names(pieces: Mapping[str, Tensor], model: Any) -> list[str]:
+    """Return the names among `pieces` that are copies: writing to them would not change the model."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    return [name for name, piece in pieces.items() if piece.untyped_storage().data_ptr() not in own]
