@@ -1,6 +1,6 @@
-"""The parity table: every method that mergekit shares, on whole models, through both engines, and how far apart they are.
+"""The parity table: every method that mergekit shares, on whole models, by both engines, and how far apart they are.
 
-    python benchmarks/parity.py            # prints the table; about a minute on one core
+    python benchmarks/parity.py            # prints the table; about 80 seconds on one core
     python benchmarks/parity.py --write    # and keeps it in benchmarks/parity/
 
 A deterministic method is shown by its largest difference, in roundings of the largest magnitude that enters an element,
@@ -176,7 +176,7 @@ EXPLANATIONS = {
     "bfloat16 of float32": (
         "bfloat16 checkpoints, `dtype: float32`, `out_dtype: bfloat16`. The share of elements that are equal in every "
         "bit; all others are one step of bfloat16 apart, but for those in brackets, which rounding decides (bfloat16 "
-        "inputs tie often, and mergekit gives ties to no index in particular)."
+        "inputs tie often, and mergekit gives ties to no index in particular; in sce they move the weights too)."
     ),
     "bfloat16": (
         "`dtype: bfloat16`: mergekit calculates in it (linear and slerp in float32), we do not. As the first table, in "

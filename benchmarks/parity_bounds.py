@@ -35,7 +35,7 @@ ROUNDINGS = {
     "task_arithmetic": (
         8,
         5,
-    ),  # task vector, weight, product, sum, Σw, ÷, λ, base | factor, difference, product, sums 2
+    ),  # task vector, weight, product, sum, Σw, ÷, λ, base | factor, product, sums 3
     "ties": (9, 7),  # the same, and the sum of the agreeing weights
     "dare_linear": (8, 5),
     "dare_ties": (9, 7),

@@ -141,7 +141,7 @@ SITUATIONS = [
 
 
 def rescaled_drops() -> Line:
-    """Return what DARE multiplies the few kept elements with: 1/density in the paper, the ratio of L1 norms in mergekit."""
+    """Return what DARE multiplies kept elements with: 1/density in the paper, the ratio of L1 norms in mergekit."""
     delta = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)  # theirs draws from the global generator: with seed 0 it would repeat the numbers of delta
     factors = []
@@ -167,8 +167,8 @@ def fusion_in_small_steps() -> list[Line]:
             result = engine("arcee_fusion", base, [model], {})
             assert not isinstance(result, str)
             wrong.append(float(((result != base) != exact).double().mean()))
-        situation = f"256×256, weights of rms 0.02, δ of rms {step:g}: elements on the wrong side"
-        lines.append(Line("arcee_fusion", situation, f"{wrong[0]:.2%}", f"{wrong[1]:.2%}", wrong[0] <= wrong[1] / 10))
+        situation = f"256×256, weights of rms 0.02, δ of rms {step:g}: share on the wrong side"
+        lines.append(Line("arcee_fusion", situation, f"{wrong[0]:.2g}", f"{wrong[1]:.2g}", wrong[0] <= wrong[1] / 10))
     return lines
 
 

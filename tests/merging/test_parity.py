@@ -1,7 +1,7 @@
-"""Every method that mergekit shares, on whole models through both engines: no further apart than rounding lets them be.
+"""Every method that mergekit shares, on whole models by both engines: no further apart than rounding lets them be.
 
-What is compared, and how the bounds follow, is in benchmarks/parity*.py, which print the same comparison as a table. The
-quick tests are a diagonal through methods, models and arithmetics; the slow ones are the whole product.
+What is compared, and how the bounds follow, is in benchmarks/parity*.py, which print the same comparison as a table.
+The quick tests are a diagonal through methods, models and arithmetics; the slow ones are the whole product.
 """
 
 from __future__ import annotations
