@@ -1,11 +1,13 @@
 """A statistics file: safetensors, one float32 tensor for each tensor of the model that the pass has numbers on.
 
 The header says of which kind the numbers are, of which weights, and from which text, so that a file is not taken for
-another. What this module does not know: how the numbers are collected, and what merges do with them.
+another; tensors that share their numbers are stored once. What this module does not know: how the numbers are
+collected, and what merges do with them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ class Statistics:
         model: the content fingerprint of the weights that it was collected from.
         about: everything that the header says.
         shapes: tensor name → shape.
+        stored: tensor name → the name that its numbers are stored under.
     """
 
     path: Path
@@ -40,11 +43,12 @@ class Statistics:
     model: str
     about: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, str]
     _handle: Any = field(repr=False)
 
     def read(self, name: str) -> Tensor:
         """Return what is kept for a tensor: float32, a view into the file that must not be written to."""
-        tensor: Tensor = self._handle.get_tensor(name)
+        tensor: Tensor = self._handle.get_tensor(self.stored[name])
         return tensor
 
 
@@ -64,13 +68,16 @@ def open_statistics(path: str | Path, kind: str) -> Statistics:
         handle = safe_open(path, framework="pt", device="cpu")
         about = handle.metadata() or {}
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        shared = json.loads(about.get("shared", "{}"))
+        stored = {name: name for name in shapes} | {name: owner for name, owner in shared.items() if owner in shapes}
+        shapes = {name: shapes[owner] for name, owner in stored.items()}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"the file is truncated or not safetensors ({error})", where=path, remedy=remedy) from error
     if about.get("format") != FORMAT:
         raise InputError("this safetensors file holds no statistics", where=path, remedy=remedy)
     if about.get("kind") != kind:
         raise InputError(f"the file holds '{about.get('kind')}', expected '{kind}'", where=path, remedy=remedy)
-    return Statistics(path, kind, about.get("model", ""), about, shapes, handle)
+    return Statistics(path, kind, about.get("model", ""), about, shapes, stored, handle)
 
 
 def write_statistics(
@@ -83,7 +90,36 @@ def write_statistics(
     """
     from safetensors.torch import save_file
 
+    owners: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        owner = owners.setdefault(id(tensor), name)
+        if owner != name:
+            shared[name] = owner
+    header = {**about, "format": FORMAT} | ({"shared": json.dumps(shared)} if shared else {})
     with atomic_file(out, overwrite=overwrite) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**about, "format": FORMAT}
-        )
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in shared}
+        save_file(kept, temporary, header)
+
+
+def write_unfinished(path: Path, key: str, sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    """Keep the sums of a pass that goes on, whole or not at all."""
+    from safetensors.torch import save_file
+
+    header = {"key": key, "counts": json.dumps(dict(counts))}
+    with atomic_file(path) as temporary:
+        save_file({name: total.cpu().contiguous() for name, total in sums.items()}, temporary, header)
+
+
+def read_unfinished(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+    """Return the sums and counts that the same pass kept; None when there are none, or they are another's."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            header = handle.metadata() or {}
+            if header.get("key") != key:
+                return None
+            return {name: handle.get_tensor(name) for name in handle.keys()}, json.loads(header["counts"])  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None

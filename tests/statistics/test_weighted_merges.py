@@ -60,7 +60,8 @@ def test_a_fisher_merge_is_the_formula_on_every_tensor(models, files):
 
 def test_a_regmean_merge_is_the_formula_on_linear_layers_and_the_mean_elsewhere(models, files):
     weights = [load_file(model / "model.safetensors") for model in models]
-    grams = [load_file(path) for path in files["gram"]]
+    opened = [open_statistics(path, "gram") for path in files["gram"]]
+    grams = [{name: file.read(name) for name in file.shapes} for file in opened]
     merged = merge(recipe=recipe_of(models, files["gram"], "regmean", "gram", alpha=0.5))
     for name in merged:
         one, two = (part[name].double().numpy() for part in weights)
@@ -84,6 +85,65 @@ def test_disk_and_live_model_give_the_same_bits(models, files, tmp_path, method,
     ResidentMerger(live, plan.checkpoints).apply(recipe)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(live.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+def test_layers_with_the_same_input_share_one_matrix_in_the_file(files):
+    opened = open_statistics(files["gram"][0], "gram")
+    start = "model.layers.1"
+    stored = [name for name in load_file(files["gram"][0]) if name.startswith(start)]
+    assert len([name for name in opened.shapes if name.startswith(start)]) == 7
+    assert stored == [
+        f"{start}.{end}.weight" for end in ("mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj", "self_attn.q_proj")
+    ]
+    for part in ("k_proj", "v_proj"):
+        one, other = (f"{start}.self_attn.{name}.weight" for name in ("q_proj", part))
+        assert torch.equal(opened.read(one), opened.read(other))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_a_pass_that_was_cut_off_goes_on_to_the_same_numbers(models, corpus, tmp_path, monkeypatch, kind):
+    from dapt_merge.statistics import collecting
+
+    whole = collecting.collect_statistics(models[0], corpus, kind, 60, sequence_length=8)
+    keep = tmp_path / "kept"
+    monkeypatch.setattr(collecting, "_SECONDS_BETWEEN_KEEPING", -1.0)
+    seen = []
+
+    def cut_off(done, total):
+        seen.append(done)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collecting.collect_statistics(models[0], corpus, kind, 60, sequence_length=8, keep=keep, on_progress=cut_off)
+    after = []
+    resumed = collecting.collect_statistics(
+        models[0], corpus, kind, 60, sequence_length=8, keep=keep, on_progress=lambda done, total: after.append(done)
+    )
+    assert after[0] == seen[4], "the four that were kept are not read again"
+    assert resumed.about == whole.about
+    assert all(torch.equal(resumed.tensors[name], tensor) for name, tensor in whole.tensors.items())
+
+
+def test_what_another_pass_kept_is_not_taken_up(models, corpus, tmp_path, monkeypatch):
+    from dapt_merge.statistics import collecting
+
+    monkeypatch.setattr(collecting, "_SECONDS_BETWEEN_KEEPING", -1.0)
+    keep = tmp_path / "kept"
+    collecting.collect_statistics(models[1], corpus, "fisher", 60, keep=keep)
+    for content in (keep.read_bytes(), keep.read_bytes()[:50], b""):
+        keep.write_bytes(content)
+        found = collecting.collect_statistics(models[0], corpus, "fisher", 60, keep=keep)
+        expected = collecting.collect_statistics(models[0], corpus, "fisher", 60)
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+        collecting.collect_statistics(models[1], corpus, "fisher", 60, keep=keep)
+
+
+def test_the_command_says_the_size_before_and_leaves_only_the_file(models, corpus, tmp_path):
+    result = call("statistics", models[0], "--corpus", corpus, "--tokens", 60, "-o", tmp_path / "new" / "s.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "fisher: 0.00 GB to write" in result.stderr
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["s.safetensors"]
 
 
 def test_a_recipe_finds_statistics_beside_it_and_is_named_by_their_content(models, files, tmp_path):
