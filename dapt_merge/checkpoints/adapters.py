@@ -25,6 +25,7 @@ from torch import Tensor
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.files import map_file, read_header, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head
+from dapt_merge.checkpoints.hub import looks_like_hub_id
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import InputError, nearest
@@ -93,9 +94,12 @@ class Adapter:
 
     @property
     def base_name(self) -> str | None:
-        """The model that it says it was trained on: a path or a hub id."""
-        name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        """The model that it says it was trained on: a path, or a hub id with the revision where it states one."""
+        name, revision = self.config.get("base_model_name_or_path"), self.config.get("revision")
+        if not isinstance(name, str) or not name:
+            return None
+        dated = isinstance(revision, str) and revision and not Path(name).exists() and "@" not in name
+        return f"{name}@{revision}" if dated and looks_like_hub_id(name) else name
 
 
 def is_adapter_folder(folder: Path) -> bool:

@@ -1,7 +1,8 @@
-"""A model named by its hub id ("organisation/name"): found in the local cache, or downloaded there first.
+"""A model named by its hub id: found in the local cache, or downloaded there first.
 
-Only safetensors, JSON and tokenizer files are asked for, so a pickle never reaches the disk. With `HF_HUB_OFFLINE=1`
-nothing leaves the machine.
+`organisation/name` is its newest state, `organisation/name@revision` a branch, a tag or a commit. Only safetensors,
+JSON and tokenizer files are asked for, so a pickle never reaches the disk. With `HF_HUB_OFFLINE=1` nothing leaves the
+machine.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from pathlib import Path
 
 from dapt_merge.errors import InputError
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.spm", "LICENSE*", "NOTICE*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "LICENSE*", "NOTICE*")
+_UNWANTED = ("consolidated*.safetensors",)  # the same weights once more, under other names
+_HUB_ID = re.compile(r"(?P<model>[A-Za-z0-9][\w.-]*/[\w.-]*\w)(?:@(?P<revision>\w[\w./-]*))?")
 
 
 def looks_like_hub_id(source: str) -> bool:
-    """Say whether a text that names no local file could be a hub id.
+    """Say whether a text that names no local file could be a hub id, with or without a revision.
 
     Example:
-        >>> looks_like_hub_id("HuggingFaceTB/SmolLM2-135M"), looks_like_hub_id("./runs/a"), looks_like_hub_id("a/b/c")
-        (True, False, False)
+        >>> [looks_like_hub_id(name) for name in ("HuggingFaceTB/SmolLM2-135M", "a/b@v1.0", "./runs/a", "a/b/c")]
+        [True, True, False, False]
     """
     return _HUB_ID.fullmatch(source) is not None
 
@@ -28,16 +30,67 @@ def looks_like_hub_id(source: str) -> bool:
 def snapshot_folder(hub_id: str) -> Path:
     """Return the folder of a hub model's files in the local cache, downloading what is missing.
 
+    Args:
+        hub_id: `organisation/name`, or `organisation/name@revision`.
+
     Raises:
-        InputError: neither a local path nor a model that the hub (or, offline, its cache) has.
+        InputError: neither a local path nor a model, in that revision, that the hub (or, offline, its cache) has with
+            weights in safetensors.
     """
     from huggingface_hub import snapshot_download
 
+    found = _HUB_ID.fullmatch(hub_id)
+    model, revision = (found["model"], found["revision"]) if found else (hub_id, None)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(WANTED)))
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(_UNWANTED))
+        )
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        raise _not_there(hub_id, model, revision, error) from error
+    if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"there is no such folder, and the model hub gave none ({type(error).__name__})",
-            where=hub_id,
-            remedy="Check the path or the hub id; offline, download the model first.",
-        ) from error
+            "the hub model has no safetensors weights here",
+            where=folder,
+            remedy=f"If only part of it was downloaded, fetch the rest: hf download {_words(model, revision)}. If the"
+            " hub has it as a pickle alone, convert it once: from_pretrained, then save_pretrained.",
+        )
+    return folder
+
+
+def _not_there(hub_id: str, model: str, revision: str | None, error: Exception) -> InputError:
+    from huggingface_hub.constants import is_offline_mode
+
+    kind = type(error).__name__
+    cached = _cached_revisions(model)
+    if kind == "GatedRepoError":
+        remedy = "Accept the model's terms on its page, and log in: hf auth login."
+    elif cached:
+        others = ", ".join(f"{model}@{name}" for name in cached)
+        remedy = (
+            f"The cache has {others}. Name one of them, or download this one: hf download {_words(model, revision)}."
+        )
+    elif is_offline_mode():
+        remedy = (
+            "Check the path or the hub id. HF_HUB_OFFLINE is set: to use a model of the hub, first download it, on a"
+            f" machine with a network: hf download {_words(model, revision)}."
+        )
+    else:
+        remedy = "Check the path or the hub id, the revision and the network; offline, download the model first."
+    return InputError(f"there is no such folder, and the model hub gave none ({kind})", where=hub_id, remedy=remedy)
+
+
+def _cached_revisions(model: str) -> list[str]:
+    """Return what the local cache has of a model: branches and tags, and commits that none of them names."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir().repos
+    except (CacheNotFound, OSError, ValueError):
+        return []
+    found = [r for repo in repositories if repo.repo_type == "model" and repo.repo_id == model for r in repo.revisions]
+    return sorted(name for revision in found for name in (revision.refs or {revision.commit_hash}))
+
+
+def _words(model: str, revision: str | None) -> str:
+    return model if revision is None else f"{model} --revision {revision}"

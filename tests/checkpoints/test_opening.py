@@ -268,23 +268,6 @@ def test_an_unknown_hub_model_is_refused_offline():
     refused("nobody/no-such-model", saying="no such folder", remedy="hub id")
 
 
-def test_a_hub_model_opens_from_the_local_cache(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    folder = save_folder(tmp_path / "snapshot", WEIGHTS)
-    asked = []
-
-    def snapshot_download(hub_id, allow_patterns):
-        asked.append((hub_id, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    checkpoint = open_checkpoint("someone/some-model")
-    assert checkpoint.label == "someone/some-model"
-    assert set(checkpoint.tensors) == set(WEIGHTS)
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked[0][1])
-
-
 def test_reading_an_unknown_tensor_suggests_the_nearest():
     with pytest.raises(InputError, match=r"Did you mean 'model\.norm\.weight'"):
         open_checkpoint(WEIGHTS).read("model.norms.weight")
