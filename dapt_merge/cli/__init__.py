@@ -13,6 +13,7 @@ from importlib import import_module
 # In the order of the data flow, which is the order in which `--help` lists them.
 _COMMANDS = (
     "demo",
+    "corpus",
     "pretrain",
     "inspect",
     "explain",
@@ -48,7 +49,11 @@ def build_app(names: Sequence[str] = _COMMANDS):  # type: ignore[no-untyped-def]
 
     for name in names:
         function = name.replace("-", "_")
-        app.command(name)(getattr(import_module(f"dapt_merge.cli.{function}"), function))
+        command = getattr(import_module(f"dapt_merge.cli.{function}"), function)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     return app
 
 

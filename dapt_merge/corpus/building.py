@@ -19,6 +19,7 @@ from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.corpus.built import MANIFEST, TRAIN, BuiltCorpus, open_corpus
 from dapt_merge.corpus.config import CorpusConfig
 from dapt_merge.corpus.documents import (
+    CONTACTS,
     REMOVED,
     DocumentStore,
     documents_fingerprint,
@@ -28,6 +29,7 @@ from dapt_merge.corpus.documents import (
 from dapt_merge.corpus.manifest import corpus_manifest, manifest_in_markdown, notes_on
 from dapt_merge.corpus.mixing import Mix, resolve_mix
 from dapt_merge.corpus.packing import lay_out, write_rows
+from dapt_merge.corpus.reading import content_fingerprint
 from dapt_merge.corpus.tokens import TokenStore, require_separator, store_tokens, tokenizer_fingerprint
 from dapt_merge.errors import InputError
 
@@ -89,7 +91,8 @@ def corpus_fingerprint(config: CorpusConfig, tokenizer: Any, *, rows_multiple: i
     Raises:
         InputError: an unusable source or suite.
     """
-    documents = documents_fingerprint(config.documents, load_item_runs(config.documents))
+    contents = [content_fingerprint(source) for source in config.sources]
+    documents = documents_fingerprint(config.documents, load_item_runs(config.documents), contents)
     return _fingerprint(config, documents, tokenizer, rows_multiple)
 
 
@@ -160,4 +163,30 @@ def _write(
     manifest = corpus_manifest(config, documents, tokens, mix, counts, tokenizer, fingerprint)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "manifest.md").write_text(manifest_in_markdown(manifest), encoding="utf-8")
-    shutil.copyfile(documents.folder / REMOVED, folder / REMOVED)
+    for name in (REMOVED, CONTACTS):
+        if (documents.folder / name).is_file():
+            shutil.copyfile(documents.folder / name, folder / name)
+
+
+def load_tokenizer(config: CorpusConfig) -> Any:
+    """Load the tokenizer that a corpus names.
+
+    Raises:
+        InputError: it names none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if config.tokenizer is None:
+        raise InputError(
+            "the corpus names no tokenizer",
+            where="tokenizer",
+            remedy="Set 'tokenizer' to the folder or hub id of the base model.",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(config.tokenizer)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"the tokenizer cannot be loaded ({str(error).strip().splitlines()[0]})",
+            where=config.tokenizer,
+            remedy="Name the folder or hub id of the base model; offline, a folder or a model in the cache.",
+        ) from None

@@ -49,7 +49,7 @@ class CleaningCounts:
         read: documents read, characters in them.
         unicode: what `repair_unicode` took away.
         whitespace: what `tidy_whitespace` took away.
-        boilerplate_lines: the lines that went, with how often each did (the most frequent ones).
+        boilerplate_lines: the lines that went, with how often each did (the most frequent ones), and all of them.
         lone_surrogates: documents with halves of surrogate pairs, replaced by U+FFFD.
     """
 
@@ -59,6 +59,7 @@ class CleaningCounts:
     unicode: CharacterLosses = field(default_factory=CharacterLosses)
     whitespace: CharacterLosses = field(default_factory=CharacterLosses)
     boilerplate_lines: Counter[str] = field(default_factory=Counter)
+    boilerplate_lines_lost: int = 0
     boilerplate_documents: int = 0
     lone_surrogates: int = 0
 
@@ -70,6 +71,7 @@ class CleaningCounts:
         self.unicode.merge(other.unicode)
         self.whitespace.merge(other.whitespace)
         self.boilerplate_lines.update(other.boilerplate_lines)
+        self.boilerplate_lines_lost += other.boilerplate_lines_lost
         self.boilerplate_documents += other.boilerplate_documents
         self.lone_surrogates += other.lone_surrogates
 
@@ -106,12 +108,14 @@ class Treatment:
         near: how signatures are made, or None.
         repeated_lines: a file with the hashes of boilerplate lines (`.npy`), or None.
         item_runs: a file of `contamination.ItemRuns`, or None.
+        minimum_share: how much of an item a document must have to be told.
     """
 
     clean: Clean | None
     near: NearDuplicates | None
     repeated_lines: Path | None
     item_runs: Path | None
+    minimum_share: float = 0.0
 
 
 _treatment: Treatment
@@ -125,7 +129,8 @@ def prepare_process(treatment: Treatment) -> None:
     _treatment = treatment
     lines = treatment.repeated_lines
     _repeated = np.load(lines) if lines is not None else np.empty(0, dtype=np.uint64)
-    _detector = Detector(treatment.item_runs) if treatment.item_runs is not None else None
+    items = treatment.item_runs
+    _detector = Detector(items, treatment.minimum_share) if items is not None else None
 
 
 def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:
@@ -162,6 +167,7 @@ def _repaired(text: str, counts: CleaningCounts) -> str:
         text, gone = without_boilerplate(text, _repeated, clean.boilerplate)
         if gone:
             counts.boilerplate_documents += 1
+            counts.boilerplate_lines_lost += len(gone)
             counts.boilerplate_lines.update(gone)
     if clean is not None and clean.unicode:
         repaired = repair_unicode(text)

@@ -54,17 +54,17 @@ class CorpusSource(_Section):
     """
 
     path: Path | None = None
-    hub: str | None = Field(None, min_length=1)
+    hub: str | None = Field(default=None, min_length=1)
     subset: str | None = None
     split: str = "train"
-    name: str | None = Field(None, min_length=1)
+    name: str | None = Field(default=None, min_length=1)
     role: Role = "domain"
-    text_field: str = Field("text", min_length=1)
+    text_field: str = Field(default="text", min_length=1)
     document: Literal["file", "paragraph", "line"] = "file"
     licence: str | None = None
-    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    share: float | None = Field(None, gt=0, le=1)
+    language: str | None = Field(default=None, pattern=r"^[a-z]{2,3}$")
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    share: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,8 +98,8 @@ class CorpusSource(_Section):
 class Boilerplate(_Section):
     """A line that stands in at least `documents` documents is not text of any of them (footers, notices, menus)."""
 
-    documents: int = Field(20, ge=2)
-    minimum_characters: int = Field(15, ge=1)
+    documents: int = Field(default=20, ge=2)
+    minimum_characters: int = Field(default=15, ge=1)
 
 
 class LanguageFilter(_Section):
@@ -108,8 +108,8 @@ class LanguageFilter(_Section):
     Documents of fewer than `minimum_characters` are kept: too short to tell.
     """
 
-    minimum_probability: float = Field(0.9, ge=0, le=1)
-    minimum_characters: int = Field(200, ge=1)
+    minimum_probability: float = Field(default=0.9, ge=0, le=1)
+    minimum_characters: int = Field(default=200, ge=1)
 
 
 class Quality(_Section):
@@ -123,10 +123,10 @@ class Quality(_Section):
             from 50 words on.
     """
 
-    minimum_characters: int | None = Field(50, ge=1)
-    maximum_characters: int | None = Field(None, ge=1)
-    maximum_symbol_share: float | None = Field(0.4, ge=0, le=1)
-    maximum_repetition_share: float | None = Field(0.5, ge=0, le=1)
+    minimum_characters: int | None = Field(default=50, ge=1)
+    maximum_characters: int | None = Field(default=None, ge=1)
+    maximum_symbol_share: float | None = Field(default=0.4, ge=0, le=1)
+    maximum_repetition_share: float | None = Field(default=0.5, ge=0, le=1)
 
 
 class Clean(_Section):
@@ -142,9 +142,9 @@ class Clean(_Section):
 class NearDuplicates(_Section):
     """A document is left out when a kept one before it has at least this Jaccard similarity of word n-grams."""
 
-    threshold: float = Field(0.8, gt=0, le=1)
-    ngram: int = Field(5, ge=1)
-    permutations: int = Field(128, ge=8, le=1024)
+    threshold: float = Field(default=0.8, gt=0, le=1)
+    ngram: int = Field(default=5, ge=1)
+    permutations: int = Field(default=128, ge=8, le=1024)
 
 
 class Deduplicate(_Section):
@@ -155,10 +155,19 @@ class Deduplicate(_Section):
 
 
 class Decontaminate(_Section):
-    """Documents that share a run of `ngram` words with an item of these suites are left out, or only reported."""
+    """Documents that hold text of an item of these suites are left out, or only reported.
+
+    Args:
+        suites: suite files.
+        ngram: how many words in a row must be equal.
+        minimum_share: how much of an item a document must hold: the share of the item's runs of `ngram` words. At 0
+            a single run is enough.
+        action: what becomes of such documents.
+    """
 
     suites: tuple[Path, ...] = Field(min_length=1)
-    ngram: int = Field(13, ge=3)
+    ngram: int = Field(default=13, ge=3)
+    minimum_share: float = Field(default=0.0, ge=0, le=1)
     action: Literal["remove", "report"] = "remove"
 
     @model_validator(mode="before")
@@ -171,13 +180,15 @@ class Decontaminate(_Section):
 class CorpusDocuments(_Section):
     """Which documents a corpus holds: sources, and what is done to them before they become tokens.
 
-    A list alone is a list of sources whose documents are taken as they are.
+    A list alone is a list of sources whose documents are taken as they are. `first_documents` reads no more than so
+    many documents of each source, for a trial.
     """
 
     sources: tuple[CorpusSource, ...] = Field(min_length=1)
     clean: Annotated[Clean | None, BeforeValidator(_switch)] = None
     deduplicate: Annotated[Deduplicate | None, BeforeValidator(_switch)] = None
     decontaminate: Decontaminate | None = None
+    first_documents: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -225,15 +236,15 @@ class CorpusConfig(CorpusDocuments):
     """
 
     tokenizer: str | None = None
-    replay_share: float = Field(0.0, ge=0, lt=1)
-    sequence_length: int = Field(2048, ge=8)
+    replay_share: float = Field(default=0.0, ge=0, lt=1)
+    sequence_length: int = Field(default=2048, ge=8)
     attention: Literal["document", "block"] = "document"
-    tokens: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, lt=2**32)
+    tokens: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output: Path | None = None
     cache_folder: Path | None = None
-    processes: int | None = Field(None, ge=1)
+    processes: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _nothing_inert(self) -> CorpusConfig:

@@ -1,8 +1,10 @@
 """Which documents hold text of the items that will judge the model, told by runs of words that both have.
 
-The items are taken as lm-eval renders them, question and answers together. Runs that more than a tenth of a task's
-items share are its prompt, not its content, and are not looked for. An item shorter than a run is looked for whole, if
-it has at least eight words: below that a match says nothing, and the report says how many items that leaves unchecked.
+The items are taken as lm-eval renders them, question and answers together; how much of an item a document has is told
+beside it, since a sentence shared by chance and an item copied whole are not the same. Runs that more than a tenth of
+a task's items share are its prompt, not its content, and are not looked for. An item shorter than a run is looked for
+whole, if it has at least eight words: below that a match says nothing, and the report says how many items that leaves
+unchecked.
 """
 
 from __future__ import annotations
@@ -51,13 +53,19 @@ class ItemRuns:
 
     def save(self, file: Path) -> None:
         """Write what `load_runs` needs, for other processes."""
-        np.savez(file, hashes=self.hashes, owners=self.owners, lengths=np.array(self.lengths))
+        sizes = np.bincount(self.owners, minlength=len(self.items))
+        np.savez(file, hashes=self.hashes, owners=self.owners, lengths=np.array(self.lengths), sizes=sizes)
 
 
 class Contact(NamedTuple):
-    """A document that shares words with items: their numbers, and the first run of words that it shares."""
+    """A document that shares words with items.
 
-    owners: tuple[int, ...]
+    Attributes:
+        shares: for each item (its number), the share of its runs that the document has.
+        words: the first run of words that they share.
+    """
+
+    shares: Mapping[int, float]
     words: str
 
 
@@ -128,17 +136,24 @@ def _prompt_runs(runs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class Detector:
-    """Finds the items whose runs a text has; loaded once in every process."""
+    """Finds the items whose runs a text has; loaded once in every process.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: written by `ItemRuns.save`.
+        minimum_share: how much of an item a text must have.
+    """
+
+    def __init__(self, file: Path, minimum_share: float = 0.0) -> None:
         with np.load(file) as stored:
             self._hashes, self._owners, self._lengths = (stored[name] for name in ("hashes", "owners", "lengths"))
+            self._sizes = stored["sizes"]
+        self._minimum_share = minimum_share
 
     def contact(self, text: str) -> Contact | None:
         """Return what a text shares with items, or None."""
         words = folded(text)
         count = words.count(" ") + 1
-        owners: set[int] = set()
+        found: Counter[int] = Counter()
         shared = ""
         for length in self._lengths.tolist():
             if length > count or not len(self._hashes):
@@ -146,9 +161,11 @@ class Detector:
             runs = runs_of(words, length)
             first = np.searchsorted(self._hashes, runs)
             hits = np.flatnonzero(self._hashes[first.clip(max=len(self._hashes) - 1)] == runs)
-            for hit in hits.tolist():
-                last = np.searchsorted(self._hashes, runs[hit], side="right")
-                owners.update(self._owners[first[hit] : last].tolist())
+            for run in np.unique(runs[hits]):
+                low, high = np.searchsorted(self._hashes, run), np.searchsorted(self._hashes, run, side="right")
+                found.update(self._owners[low:high].tolist())
             if len(hits) and not shared:
                 shared = " ".join(words.split(" ")[hits[0] : hits[0] + length])
-        return Contact(tuple(sorted(owners)), shared) if owners else None
+        shares = {owner: count / int(self._sizes[owner]) for owner, count in sorted(found.items())}
+        shares = {owner: share for owner, share in shares.items() if share >= self._minimum_share}
+        return Contact(shares, shared) if shares else None

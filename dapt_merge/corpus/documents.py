@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from dapt_merge.errors import InputError
 
 OnProgress = Callable[[str, int, int], None]
 REMOVED = "removed.jsonl"
+CONTACTS = "contamination.jsonl"
 _FORMAT = "1"
 _DOCUMENTS_AT_ONCE = 500
 _CHARACTERS_AT_ONCE = 2_000_000
 # Below this many documents starting processes costs more than it saves.
 _WORTH_PROCESSES = 3000
 _SAMPLE_PAIRS = 5
+_REPORTED_CONTACTS = 1000
 _SAMPLE_CHARACTERS = 160
 
 
@@ -65,18 +68,26 @@ class DocumentStore:
         return Dataset.from_file(str(self.folder / "documents.arrow")).select(self.kept)
 
 
-def documents_fingerprint(config: CorpusDocuments, runs: ItemRuns | None) -> str:
-    """Return `"xxh3:…"` of everything that decides the documents, by reading (not cleaning) the sources' files."""
+def documents_fingerprint(config: CorpusDocuments, runs: ItemRuns | None, contents: Sequence[str]) -> str:
+    """Return `"xxh3:…"` of everything that decides the documents.
+
+    Args:
+        config: the sources and steps.
+        runs: of the items to keep out, or None.
+        contents: `content_fingerprint` of each source.
+    """
     steps = config.model_dump(mode="json", include={"clean", "deduplicate"})
     told = config.clean is not None and config.clean.language is not None
-    key = {
+    key: dict[str, Any] = {
         "format": _FORMAT,
         "steps": steps,
-        "sources": [[content_fingerprint(s), s.language if told else None] for s in config.sources],
+        "first_documents": config.first_documents,
+        "sources": [[c, s.language if told else None] for c, s in zip(contents, config.sources, strict=True)],
         "items": None,
     }
     if config.decontaminate is not None and runs is not None:
-        key["items"] = [config.decontaminate.ngram, config.decontaminate.action, sorted(runs.versions.items())]
+        options = config.decontaminate.model_dump(mode="json", exclude={"suites"})
+        key["items"] = [options, sorted(runs.versions.items())]
     return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())}"
 
 
@@ -94,12 +105,17 @@ def store_documents(
         InputError: an unusable source or suite; a source without any text; nothing is left after the filters.
     """
     runs = load_item_runs(config)
-    fingerprint = documents_fingerprint(config, runs)
-    folder = cache_folder / f"documents-{fingerprint.removeprefix('xxh3:')}"
+    contents = [content_fingerprint(source) for source in config.sources]
+    fingerprint = documents_fingerprint(config, runs, contents)
+    # The report calls sources by their titles and places, which do not change the documents.
+    labels = json.dumps([[source.title, source.place] for source in config.sources])
+    folder = cache_folder / f"documents-{xxhash.xxh3_128_hexdigest(f'{fingerprint}{labels}'.encode())}"
     if not (folder / "report.json").is_file():
         with atomic_folder(folder, overwrite=True) as temporary, tempfile.TemporaryDirectory(dir=temporary) as scratch:
             _Making(config, runs, temporary, Path(scratch), processes, on_progress or (lambda *_: None)).make()
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for row, content in zip(report["sources"], contents, strict=True):
+        row["content"] = content
     kept = np.load(folder / "kept.npy", mmap_mode="r")
     return DocumentStore(folder, fingerprint, kept, np.load(folder / "sources.npy", mmap_mode="r"), report)
 
@@ -144,7 +160,7 @@ class _Making:
         np.save(self._folder / "sources.npy", sources[kept])
         self._refuse_nothing_left(sources[kept])
         report = {
-            "sources": self._source_rows(kept, sources, gone, texts),
+            "sources": self._source_rows(kept, sources, texts),
             "contamination": contamination,
             "duplication": duplication,
         }
@@ -157,13 +173,16 @@ class _Making:
             return 0
         counter, done = LineCounter(self._scratch, settings), 0
         for source in self._config.sources:
-            for document in read_source(source):
+            for document in self._read(source):
                 counter.add(document.text)
                 done += 1
                 if done % 10_000 == 0:
                     self._progress("counting lines", done, 0)
         np.save(self._scratch / "repeated.npy", counter.repeated())
         return done
+
+    def _read(self, source: CorpusSource) -> Iterator[Document]:
+        return islice(read_source(source), self._config.first_documents)
 
     @property
     def _boilerplate(self) -> Boilerplate | None:
@@ -178,6 +197,7 @@ class _Making:
             self._near,
             self._scratch / "repeated.npy" if self._boilerplate is not None else None,
             self._scratch / "items.npz" if self._runs is not None else None,
+            self._config.decontaminate.minimum_share if self._config.decontaminate is not None else 0.0,
         )
         if self._runs is not None and treatment.item_runs is not None:
             self._runs.save(treatment.item_runs)
@@ -193,13 +213,13 @@ class _Making:
                 self._take(number, batch, written)
                 for left in batch.left:
                     removed.write(_line(left.reason, f"{left.file}:{left.number}", self._title(number)))
-                source = np.full(len(batch.texts), number, dtype=np.int32)
+                owner = np.full(len(batch.texts), number, dtype=np.int32)
                 places = [f"{file}:{line}" for file, line in batch.places]
-                writer.write_batch(pyarrow.record_batch([batch.texts, places, source], schema=schema))
+                writer.write_batch(pyarrow.record_batch([batch.texts, places, owner], schema=schema))
                 batch.digests.tofile(digests)
                 if batch.signatures is not None:
                     batch.signatures.tofile(signatures)
-                numbers.append(source)
+                numbers.append(owner)
                 done += batch.counts.read
                 written += len(batch.texts)
                 self._progress("cleaning", done, total)
@@ -218,7 +238,7 @@ class _Making:
 
         def batches() -> Iterator[tuple[str | None, list[Document]]]:
             for number, source in enumerate(self._config.sources):
-                for batch in _batches(read_source(source)):
+                for batch in _batches(self._read(source)):
                     numbers.append(number)
                     yield source.language, batch
 
@@ -262,20 +282,28 @@ class _Making:
         if self._runs is None or self._config.decontaminate is None:
             return None
         remove = self._config.decontaminate.action == "remove"
-        rows = []
+        rows: list[dict[str, Any]] = []
         for document, contact in self._contacts.items():
-            items = [self._runs.items[owner] for owner in contact.owners]
+            items = {self._runs.items[owner]: share for owner, share in contact.shares.items()}
             rows.append(
                 {
                     "document": texts.place(document),
                     "source": self._title(int(sources[document])),
                     "words": contact.words,
-                    "items": [[item.task, item.item] for item in items],
+                    "items": [[item.task, item.item, round(share, 4)] for item, share in items.items()],
                 }
             )
             if remove:
                 self._leave(document, sources, gone, f"contaminated: {', '.join(sorted({i.task for i in items}))}")
-        return {"removed": remove, "tasks": self._task_rows(), "documents": rows}
+        with (self._folder / CONTACTS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        rows.sort(key=lambda row: -max(share for _, _, share in row["items"]))
+        return {
+            "removed": remove,
+            "tasks": self._task_rows(),
+            "found": len(rows),
+            "documents": rows[:_REPORTED_CONTACTS],
+        }
 
     def _task_rows(self) -> list[dict[str, Any]]:
         """Return, for each task, how many of its items were looked for, found, and in how many documents."""
@@ -283,10 +311,13 @@ class _Making:
         total = Counter(item.task for item in self._runs.items)
         found: dict[str, set[int]] = {task: set() for task in total}
         documents: Counter[str] = Counter()
+        largest: dict[str, float] = {}
         for contact in self._contacts.values():
-            documents.update({self._runs.items[owner].task for owner in contact.owners})
-            for owner in contact.owners:
-                found[self._runs.items[owner].task].add(owner)
+            documents.update({self._runs.items[owner].task for owner in contact.shares})
+            for owner, share in contact.shares.items():
+                task = self._runs.items[owner].task
+                found[task].add(owner)
+                largest[task] = max(largest.get(task, 0.0), share)
         return [
             {
                 "task": task,
@@ -295,6 +326,7 @@ class _Making:
                 "items_too_short_to_look_for": self._runs.unchecked.get(task, 0),
                 "items_found": len(found[task]),
                 "documents": documents[task],
+                "largest_share_of_an_item": round(largest.get(task, 0.0), 4),
             }
             for task, count in sorted(total.items())
         ]
@@ -364,14 +396,11 @@ class _Making:
     def _title(self, number: int) -> str:
         return self._config.sources[number].title
 
-    def _source_rows(
-        self, kept: np.ndarray, sources: np.ndarray, gone: dict[int, str], texts: _Texts
-    ) -> list[dict[str, Any]]:
+    def _source_rows(self, kept: np.ndarray, sources: np.ndarray, texts: _Texts) -> list[dict[str, Any]]:
         documents = np.bincount(sources[kept], minlength=len(self._tallies))
         characters = np.bincount(sources[kept], texts.characters()[kept], minlength=len(self._tallies))
         return [
             {
-                "content": content_fingerprint(source),
                 "documents_read": tally.counts.read,
                 "characters_read": tally.counts.read_characters,
                 "documents_kept": int(documents[number]),
@@ -380,7 +409,7 @@ class _Making:
                 "cleaning": _cleaning_row(tally.counts) if self._config.clean is not None else None,
                 "lone_surrogates_replaced": tally.counts.lone_surrogates,
             }
-            for number, (source, tally) in enumerate(zip(self._config.sources, self._tallies, strict=True))
+            for number, tally in enumerate(self._tallies)
         ]
 
 
@@ -397,7 +426,7 @@ def _cleaning_row(counts: CleaningCounts) -> dict[str, Any]:
         },
         "boilerplate": {
             "documents_changed": counts.boilerplate_documents,
-            "lines_lost": counts.boilerplate_lines.total(),
+            "lines_lost": counts.boilerplate_lines_lost,
             "lines": dict(counts.boilerplate_lines.most_common(20)),
         },
     }

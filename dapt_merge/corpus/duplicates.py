@@ -45,7 +45,7 @@ def exact_duplicates(digests: np.ndarray, text_at: Callable[[int], str]) -> list
     ordered = digests[order]
     starts = np.flatnonzero(np.concatenate([np.ones(1, dtype=bool), ordered[1:] != ordered[:-1]])[: len(ordered)])
     sizes = np.diff(starts, append=len(ordered))
-    pairs = []
+    pairs: list[Pair] = []
     for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
         first, *others = order[start : start + size].tolist()
         text = text_at(first)

@@ -19,7 +19,7 @@ from dapt_merge.corpus.mixing import Mix
 from dapt_merge.corpus.packing import PackedCounts
 from dapt_merge.corpus.tokens import TokenStore, tokenizer_fingerprint
 
-_SHOWN_CONTACTS = 20
+_SHOWN_CONTACTS = 12
 
 
 def corpus_manifest(
@@ -296,28 +296,46 @@ def _contacts(contamination: Mapping[str, Any] | None) -> str:
             f"{task['items_too_short_to_look_for']:,}",
             f"{task['items_found']:,}",
             f"{task['documents']:,}",
+            f"{100 * task['largest_share_of_an_item']:.0f}%",
         ]
         for task in contamination["tasks"]
     ]
     verb = "left out" if contamination["removed"] else "reported and kept"
-    shown = contamination["documents"][:_SHOWN_CONTACTS]
+    shown = _worst_by_item(contamination["documents"])
     documents = [
         [
             _code(_short(row["document"])),
-            ", ".join(sorted({task for task, _ in row["items"]})),
-            ", ".join(item[:8] for _, item in row["items"][:3]) + (" …" if len(row["items"]) > 3 else ""),
+            ", ".join(sorted({task for task, _, _ in row["items"]})),
+            _shown_items(row["items"]),
             _cell(row["words"]),
         ]
         for row in shown
     ]
-    head = ["Task", "Items", "too short to look for", "found in documents", "Documents"]
-    page = (
-        f"## Items found in the corpus: {len(contamination['documents']):,} documents, {verb}\n\n"
-        + _table(head, tasks, "lrrrr")
-        + ("\n" + _table(["Document", "Tasks", "Items", "Words shared"], documents, "llll") if documents else "")
-    )
-    rest = len(contamination["documents"]) - len(shown)
-    return page + (f"\n{rest:,} more are in `manifest.json`.\n" if rest else "")
+    head = ["Task", "Items", "too short to look for", "found in documents", "Documents", "most of an item in one"]
+    page = f"## Items found in the corpus: {contamination['found']:,} documents, {verb}\n\n"
+    page += _table(head, tasks, "lrrrrr")
+    if documents:
+        page += (
+            "\nThe documents that hold most of an item, one for each item; all of them are in `contamination.jsonl`.\n"
+        )
+        page += "\n" + _table(["Document", "Tasks", "Items (share of each)", "Words shared"], documents, "llll")
+    return page
+
+
+def _worst_by_item(documents: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the documents with most of an item, one for each item."""
+    shown: dict[str, Mapping[str, Any]] = {}
+    for row in sorted(documents, key=lambda row: -max(share for _, _, share in row["items"])):
+        worst = max(row["items"], key=lambda item: item[2])
+        shown.setdefault(worst[1], row)
+    return list(shown.values())[:_SHOWN_CONTACTS]
+
+
+def _shown_items(items: Sequence[Sequence[Any]]) -> str:
+    """Name the items that a document has most of, by the first digits of their ids."""
+    most = sorted(items, key=lambda item: -item[2])[:3]
+    more = f" and {len(items) - len(most)} more" if len(items) > len(most) else ""
+    return ", ".join(f"{item[:8]} ({100 * share:.0f}%)" for _, item, share in most) + more
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> str:

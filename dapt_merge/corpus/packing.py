@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def _describe(folder: Path, fingerprint: str) -> None:
     features = Features(
         {"input_ids": List(Value("int32")), "starts": List(Value("int32")), "replay_tokens": Value("int32")}
     )
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": _DATA}],
         "_fingerprint": fingerprint.removeprefix("xxh3:"),
         "_format_columns": None,
