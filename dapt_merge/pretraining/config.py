@@ -171,7 +171,7 @@ class PretrainConfig(BaseModel):
     precision: Precision = "bf16-master"
     bf16_rounding: Literal["stochastic", "nearest"] = "stochastic"
     sharding: Literal["none", "fsdp2"] = "none"
-    checkpoints: CheckpointGrid = CheckpointGrid(count=4)
+    checkpoints: CheckpointGrid = Field(default_factory=lambda: CheckpointGrid.model_validate(4))
     heldout: tuple[HeldOut, ...] = ()
     heldout_every_tokens: int | None = Field(None, ge=1)
     heldout_documents: int | None = Field(None, ge=1)
@@ -296,11 +296,13 @@ def _locate_inputs(content: dict[str, Any], folder: Path) -> None:
         content["base"] = found(content["base"])
     for key in ("corpus", "heldout"):
         sources = content.get(key)
-        for index, source in enumerate(sources if isinstance(sources, list) else []):
-            if isinstance(source, dict):
-                source.update({name: found(source[name]) for name in ("path", "suite") if name in source})
-            else:
-                sources[index] = found(source)
+        if isinstance(sources, list):
+            content[key] = [
+                {k: found(v) if k in ("path", "suite") else v for k, v in source.items()}
+                if isinstance(source, dict)
+                else found(source)
+                for source in sources
+            ]
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -94,7 +94,7 @@ class _OnMasters:
         return result
 
 
-class MasterWeightAdamW(_OnMasters, torch.optim.AdamW):
+class MasterWeightAdamW(_OnMasters, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose parameters are the float32 masters of a bfloat16 model.
 
     Example:
@@ -209,8 +209,9 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator | None = N
     return (values.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
 
 
+@torch.no_grad()
 def pull_towards(optimizer: torch.optim.Optimizer, anchors: Mapping[Tensor, Tensor], strength: float) -> None:
-    """Before every step, move each weight towards its anchor: θ ← θ − lr · strength · (θ − θ₀).
+    """Move each weight towards its anchor, before a step: θ ← θ − lr · strength · (θ − θ₀).
 
     L2-SP (arXiv 1802.01483), decoupled from the gradient as AdamW decouples weight decay. Unlike that, it holds for
     every weight, norms and biases too: where they were is as good a prior for them.
@@ -219,14 +220,14 @@ def pull_towards(optimizer: torch.optim.Optimizer, anchors: Mapping[Tensor, Tens
         optimizer: any; its own weight decay should be 0.
         anchors: parameter as the optimizer holds it → θ₀, of the same shape, on the same device.
         strength: what weight decay would be called λ.
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor([3.0]))
+        >>> pull_towards(torch.optim.SGD([weight], lr=0.5), {weight: torch.tensor([1.0])}, 0.5)
+        >>> weight.data
+        tensor([2.5000])
     """
-
-    @torch.no_grad()
-    def pull(stepping: torch.optim.Optimizer, *_: Any) -> None:
-        for group in stepping.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    share = group["lr"] * strength
-                    parameter.mul_(1 - share).add_(anchors[parameter].to(parameter.dtype), alpha=share)
-
-    optimizer.register_step_pre_hook(pull)
+    for group in optimizer.param_groups:
+        share = group["lr"] * strength
+        for parameter in group["params"]:
+            parameter.mul_(1 - share).add_(anchors[parameter].to(parameter.dtype), alpha=share)

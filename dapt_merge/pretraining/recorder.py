@@ -218,6 +218,7 @@ class RunRecorder(TrainerCallback):
         assert self._monitor is not None
         # Sharded weights are gathered layer by layer, so all processes score; the main one's figures count.
         found = agreed(self._monitor.measure())
+        self._trainer.reshard()
         self._measurements.append((tokens, found))
         return found
 
@@ -235,7 +236,7 @@ class RunRecorder(TrainerCallback):
         if not (at_checkpoint or time_up or save_due):
             return
         begun = time.monotonic()
-        state = gathered(self._trainer.model, sharded=self._trainer.is_fsdp_enabled)
+        state = gathered(self._trainer.model, sharded=self._trainer.is_sharded)
         if at_checkpoint:
             self._save_checkpoint(line, state)
         self._save_state(step, state, with_weights=not at_checkpoint or self._config.adapter is not None)
@@ -314,23 +315,3 @@ class RunRecorder(TrainerCallback):
         previous = getattr(self, "_previous_handler", None)
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-
-
-def anchors_of(trainer: DaptTrainer, base: Any) -> dict[torch.Tensor, torch.Tensor]:
-    """Return the base's value of every parameter as the trainer's optimizer holds it, on the same device and shard.
-
-    Args:
-        trainer: ready to train.
-        base: the base as a second model of the same class.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    masters = getattr(trainer.plain_optimizer, "masters", {})
-    values = dict(base.named_parameters())
-    found = {}
-    for name, parameter in trainer.model.named_parameters():
-        value = values[name].data.to(trainer.args.device)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        found[masters.get(parameter, parameter)] = value
-    return found

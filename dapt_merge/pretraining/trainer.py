@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from dapt_merge.errors import InputError
 from dapt_merge.pretraining.config import DEFAULT_DECAY_SHARE, PretrainConfig
-from dapt_merge.pretraining.optimizer import Bf16AdamW, MasterWeightAdafactor, MasterWeightAdamW
+from dapt_merge.pretraining.optimizer import Bf16AdamW, MasterWeightAdafactor, MasterWeightAdamW, pull_towards
 from dapt_merge.pretraining.processes import process_count
 
 
@@ -29,6 +32,20 @@ class DaptTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and let it shard on CPUs too, which accelerate does on accelerators alone."""
+        super().create_accelerator_and_postprocess()
+        asked = self.args.fsdp_plugin_args
+        if asked is None or self.is_fsdp_enabled:
+            return
+        plugin = FullyShardedDataParallelPlugin(**asked)
+        if self.accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(self.accelerator.mixed_precision)
+        self.accelerator.state.fsdp_plugin = plugin
+        self.accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.is_fsdp_enabled = True
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Leave the weights alone: model and masters were loaded from the checkpoint before training began."""
@@ -44,6 +61,17 @@ class DaptTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model's parameters are spread over the processes."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    def reshard(self) -> None:
+        """Give up the whole weights that a forward pass without a backward pass left behind."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def save_state_to(self, folder: Path) -> None:
         """Write all that going on needs but the weights; every process calls it."""
         self._save_optimizer_and_scheduler(str(folder))
@@ -55,6 +83,34 @@ class DaptTrainer(Trainer):
     def plain_optimizer(self) -> Any:
         """The optimizer without accelerate's wrapping."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+class PullTowardsBase(TrainerCallback):
+    """Pulls every weight towards the base's before every step (see `optimizer.pull_towards`).
+
+    Args:
+        trainer: whose optimizer it is.
+        base: the base as a second model of the same class, in any dtype.
+        strength: the weight decay.
+    """
+
+    def __init__(self, trainer: DaptTrainer, base: Any, strength: float) -> None:
+        self._trainer, self._base, self._strength = trainer, base, strength
+        self._anchors: dict[Tensor, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        optimizer = self._trainer.plain_optimizer
+        masters = getattr(optimizer, "masters", {})
+        values = dict(self._base.named_parameters())
+        for name, parameter in self._trainer.model.named_parameters():
+            value = values[name].data.to(args.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            self._anchors[masters.get(parameter, parameter)] = value
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        # Not an optimizer's own hook: torch calls that twice where one optimizer's step calls another's.
+        pull_towards(self._trainer.plain_optimizer, self._anchors, self._strength)
 
 
 def training_arguments(

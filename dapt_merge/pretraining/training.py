@@ -167,6 +167,7 @@ def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hook
         "config": config.model_dump(mode="json"),
         "data": mix.to_dict(),
         "checkpoint_steps": list(timetable.checkpoints),
+        "processes": {"count": process_count(), "sharding": "fsdp2" if _is_sharded(config) else "none"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if is_main():
@@ -326,6 +327,7 @@ def _fit(
     """Load the weights, hand everything to the Trainer, and train; return why the run ended early, or None."""
     from dapt_merge.pretraining.heldout import HeldOutMonitor
     from dapt_merge.pretraining.recorder import RunRecorder
+    from dapt_merge.pretraining.trainer import PullTowardsBase
 
     model, whole = _model_to_train(config, run, inputs, resume, seed=config.seed)
     monitor = None
@@ -355,7 +357,9 @@ def _fit(
     )
     recorder.attach(trainer)
     if config.decay_towards == "base":
-        _pull_towards_base(config, inputs, trainer)
+        trainer.add_callback(
+            PullTowardsBase(trainer, _load_model(inputs.base.folder, dtype="auto"), config.weight_decay)
+        )
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(run.state_folder(resume)))
     finally:
@@ -424,21 +428,6 @@ def _trainer(
         train_dataset=blocks,
         optimizer_cls_and_kwargs=own_optimizer(config, precision, masters),
     )
-
-
-def _pull_towards_base(config: PretrainConfig, inputs: _Inputs, trainer: DaptTrainer) -> None:
-    from transformers import TrainerCallback
-
-    from dapt_merge.pretraining.optimizer import pull_towards
-    from dapt_merge.pretraining.recorder import anchors_of
-
-    base = _load_model(inputs.base.folder, dtype="auto")
-
-    class Anchoring(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pull_towards(trainer.plain_optimizer, anchors_of(trainer, base), config.weight_decay)
-
-    trainer.add_callback(Anchoring())
 
 
 def _tell_of_lost_updates(config: PretrainConfig, run: RunFolder, note: Callable[[str], None]) -> None:

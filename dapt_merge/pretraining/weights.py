@@ -25,7 +25,10 @@ def gathered(model: Any, *, sharded: bool) -> dict[str, Tensor] | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    # Gathered apart, a head tied to the embedding would be written twice.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: value for name, value in state.items() if tied.get(name) not in state}
 
 
 def write_weights(
