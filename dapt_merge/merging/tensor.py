@@ -8,45 +8,20 @@ and written to, this module does not know.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import TensorJob
 from dapt_merge.merging.rounding import round_stochastically
-from dapt_merge.methods.apply import combine
+from dapt_merge.methods.apply import NARROW_DTYPES, Place, combine, combine_in_runs
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import is_finite
+from dapt_merge.methods.rounding_loss import RoundingLoss, rounded_and_counted
 
 RUN_ELEMENTS = 1 << 18  # of a result that is handed over piece by piece
-_PIECE_ELEMENTS = 1 << 18
-
-Place: TypeAlias = Callable[[int, int], Tensor]
-"""(begin, end) → where the elements begin…end−1 of the flattened result belong: 1-d, in the output's dtype.
-
-Asked for in order and without gaps, at most `RUN_ELEMENTS` at a time; the caller may have carried the content away by
-the time that the next one is asked for.
-"""
-
-
-@dataclass(frozen=True)
-class RoundingLoss:
-    """How many elements the merge moves away from the base in float32, and how many of those rounding moves back."""
-
-    updated: int = 0
-    lost: int = 0
-
-    def __add__(self, other: RoundingLoss) -> RoundingLoss:
-        return RoundingLoss(self.updated + other.updated, self.lost + other.lost)
-
-    @property
-    def share(self) -> float:
-        """Lost elements per updated element; 0 when nothing was updated."""
-        return self.lost / self.updated if self.updated else 0.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +58,13 @@ def merge_tensor(
     Raises:
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
-    merged = _merge(job, read, seed, measure_rounding)
-    if out is None:
-        return merged
-    out.copy_(merged.tensor)
-    return replace(merged, tensor=out)
+    made = _Output(job, out)
+    ready, notes, loss = _merge(job, read, seed, made.place, job.elements, measure_rounding)
+    if ready is not None:
+        if out is None and ready.tensor.dtype == job.out_dtype:
+            return MergedTensor(ready.tensor, notes)
+        loss = _hand_over(ready, job, made.place, max(1, job.elements), measure_rounding)
+    return MergedTensor(made.finished(), notes, loss)
 
 
 def merge_tensor_in_runs(
@@ -100,18 +77,59 @@ def merge_tensor_in_runs(
 ) -> tuple[Mapping[str, object], RoundingLoss | None]:
     """Merge one tensor as `merge_tensor` does, bit for bit, and hand it over in runs: it need not exist as a whole.
 
+    Runs hold `RUN_ELEMENTS` at most.
+
     Returns:
         What the method noted, and what rounding lost.
     """
-    merged = _merge(job, read, seed, measure_rounding)
-    flat = merged.tensor.reshape(-1)
-    for begin in range(0, flat.numel(), RUN_ELEMENTS):
-        end = min(begin + RUN_ELEMENTS, flat.numel())
-        place(begin, end).copy_(flat[begin:end])
-    return merged.notes, merged.rounding
+    ready, notes, loss = _merge(job, read, seed, place, RUN_ELEMENTS, measure_rounding)
+    if ready is not None:
+        loss = _hand_over(ready, job, place, RUN_ELEMENTS, measure_rounding)
+    return notes, loss
 
 
-def _merge(job: TensorJob, read: Callable[[str, str], Tensor], seed: int, measure_rounding: bool) -> MergedTensor:
+class _Output:
+    """The whole of a result, given by the caller or made when the first place in it is asked for."""
+
+    def __init__(self, job: TensorJob, given: Tensor | None) -> None:
+        self._job, self._given = job, given
+        self._whole = given.detach() if given is not None and _is_plain(given) else None
+
+    def place(self, begin: int, end: int) -> Tensor:
+        if self._whole is None:
+            self._whole = torch.empty(self._job.shape, dtype=self._job.out_dtype)
+        return self._whole.view(-1)[begin:end]
+
+    def finished(self) -> Tensor:
+        whole = self.place(0, 0) if self._whole is None else self._whole
+        if self._given is None:
+            return whole
+        if not _is_plain(self._given):
+            self._given.detach().copy_(whole)
+        return self._given
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A result that is there as a whole, perhaps an input itself, and the tensor that its update starts from."""
+
+    tensor: Tensor
+    start: Tensor
+
+
+def _merge(
+    job: TensorJob,
+    read: Callable[[str, str], Tensor],
+    seed: int,
+    place: Place,
+    run_elements: int,
+    measure_rounding: bool,
+) -> tuple[_Ready | None, Mapping[str, object], RoundingLoss | None]:
+    """Merge into the places, or return what is still to be put there; with the method's notes and the loss so far."""
     base, models = job.inputs(read)
     context = TensorContext(
         job.name,
@@ -121,27 +139,54 @@ def _merge(job: TensorJob, read: Callable[[str, str], Tensor], seed: int, measur
         cutoffs=job.cutoffs,
         layer=job.layer,
         num_layers=job.num_layers,
-        statistics=tuple(None if place is None else read(*place) for place in job.statistics),
+        statistics=tuple(None if stored is None else read(*stored) for stored in job.statistics),
     )
-    narrow = job.out_dtype in (torch.bfloat16, torch.float16)
-    in_full = narrow and (measure_rounding or job.stochastic or job.target is not None)
     method, values = job.parameters.method, job.parameters.values
-    merged = combine(method, base, models, values, context, out_dtype=torch.float32 if in_full else job.out_dtype)
     start = models[0] if base is None else base
+    stochastic = job.stochastic and job.out_dtype in NARROW_DTYPES
+    if not stochastic and job.target_read is None:
+        result = combine_in_runs(
+            method,
+            base,
+            models,
+            values,
+            context,
+            place,
+            out_dtype=job.out_dtype,
+            counted=measure_rounding,
+            run_elements=run_elements,
+        )
+        ready = _Ready(result, start) if isinstance(result, Tensor) else None
+        return ready, context.notes, result if isinstance(result, RoundingLoss) else None
+    merged = combine(method, base, models, values, context)
     if job.target_read is not None and base is not None:
         start = read(*job.target_read)
         merged = _added_to_target(merged, base, start, job)
-    if not merged.is_floating_point() or merged.dtype == job.out_dtype:
-        return MergedTensor(merged, context.notes)
     # A copy of an input is no update: it is rounded as loading it in that dtype would.
-    if narrow and job.stochastic and not any(merged is tensor for tensor in (start, *models)):
-        rounded = round_stochastically(merged, job.out_dtype, seed, job.name)
-        _refuse_overflow(rounded, job)
-        return MergedTensor(rounded, context.notes)
-    if not (narrow and measure_rounding):
-        return MergedTensor(_rounded(merged, job), context.notes)
-    rounded, loss = _rounded_and_counted(merged, start, job)
-    return MergedTensor(rounded, context.notes, loss)
+    if stochastic and merged.is_floating_point() and not any(merged is tensor for tensor in (start, *models)):
+        merged = round_stochastically(merged, job.out_dtype, seed, job.name)
+        _refuse_overflow(merged, job)
+    return _Ready(merged, start), context.notes, None
+
+
+def _hand_over(
+    ready: _Ready, job: TensorJob, place: Place, run_elements: int, measure_rounding: bool
+) -> RoundingLoss | None:
+    """Put a whole result into its places, rounded to the output dtype, and count what that loses."""
+    flat, from_flat = ready.tensor.reshape(-1), ready.start.reshape(-1)
+    rounds = flat.is_floating_point() and flat.dtype != job.out_dtype
+    counted = rounds and measure_rounding and job.out_dtype in NARROW_DTYPES
+    loss = RoundingLoss()
+    for begin in range(0, flat.numel(), run_elements):
+        run = slice(begin, min(begin + run_elements, flat.numel()))
+        placed = place(run.start, run.stop)
+        if counted:
+            loss += rounded_and_counted(flat[run], from_flat[run], placed)
+        else:
+            placed.copy_(flat[run])
+        if rounds:
+            _refuse_overflow(placed, job)
+    return loss if counted else None
 
 
 def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJob) -> Tensor:
@@ -168,34 +213,6 @@ def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJo
             remedy="Use a target without NaN, or smaller weights.",
         )
     return moved
-
-
-def _rounded(merged: Tensor, job: TensorJob) -> Tensor:
-    rounded = merged.to(job.out_dtype)
-    _refuse_overflow(rounded, job)
-    return rounded
-
-
-def _rounded_and_counted(merged: Tensor, start: Tensor, job: TensorJob) -> tuple[Tensor, RoundingLoss]:
-    """Round in pieces that stay in the processor's cache, and compare with where the update started from."""
-    rounded = torch.empty(merged.shape, dtype=job.out_dtype)
-    flat, from_flat, out_flat = merged.reshape(-1), start.reshape(-1), rounded.view(-1)
-    updated = lost = 0
-    for begin in range(0, merged.numel(), _PIECE_ELEMENTS):
-        run = slice(begin, begin + _PIECE_ELEMENTS)
-        out_flat[run] = flat[run]
-        unmoved_exactly = _equal_elements(flat[run], from_flat[run])
-        unmoved_rounded = _equal_elements(out_flat[run], from_flat[run].to(job.out_dtype))
-        # Rounding is monotonic: whatever equals the start exactly equals it rounded too.
-        updated += flat[run].numel() - unmoved_exactly
-        lost += unmoved_rounded - unmoved_exactly
-    _refuse_overflow(rounded, job)
-    return rounded, RoundingLoss(updated, lost)
-
-
-def _equal_elements(one: Tensor, other: Tensor) -> int:
-    # numpy compares and counts several times faster than torch does on one core.
-    return int(np.count_nonzero(one.float().numpy() == other.float().numpy()))
 
 
 def _refuse_overflow(rounded: Tensor, job: TensorJob) -> None:

@@ -1,26 +1,36 @@
 """One tensor merged by one method: the promises that hold whatever the method is.
 
 Inputs are checked, values too; an end point is the input itself, bit for bit; everything else is computed in float32
-and rounded once. What this module does not know: any formula, where tensors come from, where they go.
+and rounded once. A method that declares a `kernel` runs in compiled loops where tensors lie in ordinary memory, and as
+its torch function elsewhere, with the same bits. What this module does not know: any formula, where tensors come from,
+where they go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.methods.contract import Method, Source, TensorContext
+from dapt_merge.methods.fused import STORED_CODES, Fused, Program, fits
 from dapt_merge.methods.pieces import Operands, is_finite, refuse_non_finite
+from dapt_merge.methods.rounding_loss import RoundingLoss, rounded_and_counted
 
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+
+Place: TypeAlias = Callable[[int, int], Tensor]
+"""(begin, end) → where the elements begin…end−1 of the flattened result belong: 1-d, in the output's dtype.
+
+Asked for in order and without gaps; what was placed may be carried away by the time that the next place is asked for.
+"""
 
 
-@torch.no_grad()
 def combine(
     method: Method,
     base: Tensor | None,
@@ -30,6 +40,7 @@ def combine(
     *,
     out_dtype: torch.dtype = torch.float32,
     piece_elements: int | None = None,
+    compiled: bool = True,
 ) -> Tensor:
     """Merge one tensor.
 
@@ -42,6 +53,7 @@ def combine(
         context: the tensor's name, the seed; gets the notes.
         out_dtype: dtype of a computed result, rounded to nearest once.
         piece_elements: elements handled at a time (a multiple of 1024); no result depends on it.
+        compiled: use the method's compiled loops where it has some; no result depends on it.
 
     Returns:
         A new tensor of `out_dtype`; or, at an exact end point and for integer and boolean buffers, **the input tensor
@@ -57,6 +69,56 @@ def combine(
         >>> combine(get_method("linear"), base, [dapt], {"weight": 0.5}, TensorContext("w"))
         tensor([1.5000, 3.0000])
     """
+    merged: list[Tensor] = []
+
+    def place(begin: int, end: int) -> Tensor:
+        if not merged:
+            merged.append(torch.empty(models[0].shape, dtype=out_dtype, device=models[0].device))
+        return merged[0].view(-1)[begin:end]
+
+    result = combine_in_runs(
+        method,
+        base,
+        models,
+        values,
+        context,
+        place,
+        out_dtype=out_dtype,
+        counted=False,
+        piece_elements=piece_elements,
+        compiled=compiled,
+    )
+    return result if isinstance(result, Tensor) else merged[0]
+
+
+@torch.no_grad()
+def combine_in_runs(
+    method: Method,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    values: Mapping[str, object],
+    context: TensorContext,
+    place: Place,
+    *,
+    out_dtype: torch.dtype,
+    counted: bool,
+    run_elements: int | None = None,
+    piece_elements: int | None = None,
+    compiled: bool = True,
+) -> Tensor | RoundingLoss | None:
+    """Merge one tensor into the places that the caller names, run by run; otherwise as `combine`.
+
+    Args:
+        method, base, models, values, context, out_dtype, piece_elements, compiled: as for `combine`.
+        place: see `Place`; on the device of the models.
+        counted: count what rounding to a dtype narrower than float32 loses of the update (see `rounding_loss`); it
+            changes no bit of the result.
+        run_elements: largest run that is asked for (None: any).
+
+    Returns:
+        The input tensor itself where the result is one (nothing is placed then); else what rounding lost, or None when
+        that was not counted.
+    """
     complete = method.complete(values, len(models), f"tensor {context.name}")
     _check_count(method, base, len(models), context)
     if method.placed is not None:
@@ -69,29 +131,84 @@ def combine(
     source = None if method.copy_of is None else method.copy_of(complete, len(models), base is not None)
     if source is not None:
         return _copied(base, models, source, context)
+    out = _Output(place, out_dtype, counted and out_dtype in NARROW_DTYPES, run_elements or models[0].numel())
     if not models[0].numel():
-        return torch.empty(models[0].shape, dtype=out_dtype, device=models[0].device)
+        place(0, 0)
+        return out.nothing_lost
     keywords = {("lambda_" if name == "lambda" else name): value for name, value in complete.items()}
     operands = Operands(base, tuple(models), context, piece_elements, whole_rows=method.whole_rows)
     if method.measure is not None:
         keywords["measured"] = method.measure(operands, complete, context)
-    if method.elementwise:
-        return _stream(method, operands, keywords, out_dtype)
-    return _whole(method, operands, keywords, out_dtype)
+    if not method.elementwise:
+        return _whole(method, operands, keywords, out)
+    if compiled and method.kernel is not None and _fits(operands, out):
+        return _run(method.kernel(operands, context=context, **keywords), method, operands, keywords, out)
+    return _stream(method, operands, keywords, out)
 
 
-def _stream(method: Method, operands: Operands, keywords: dict[str, Any], out_dtype: torch.dtype) -> Tensor:
-    context, first = operands.context, operands.models[0]
-    merged = torch.empty(first.shape, dtype=out_dtype, device=first.device)
-    flat = merged.view(-1)
-    for start, base, models in operands.pieces():
-        run = flat[start : start + models[0].numel()]
-        run.copy_(method.function(base, models, context=replace(context, offset=start), **keywords))
-        _refuse_overflow(run, method, context)
-    return merged
+@dataclass(frozen=True)
+class _Output:
+    """Where a result goes, in what dtype, whether losses are counted, and in runs of how many elements at most."""
+
+    place: Place
+    dtype: torch.dtype
+    counted: bool
+    run_elements: int
+
+    @property
+    def nothing_lost(self) -> RoundingLoss | None:
+        return RoundingLoss() if self.counted else None
+
+    def put(self, values: Tensor, begin: int, start: Tensor, method: Method, context: TensorContext) -> RoundingLoss:
+        """Round a run of the result that begins at an element; `start` is what the update of that run starts from."""
+        loss = RoundingLoss()
+        for first in range(0, values.numel(), self.run_elements):
+            run = slice(first, min(first + self.run_elements, values.numel()))
+            placed = self.place(begin + run.start, begin + run.stop)
+            if self.counted:
+                loss += rounded_and_counted(values[run], start[run], placed)
+            else:
+                placed.copy_(values[run])
+            _refuse_overflow(placed, method, context)
+        return loss
 
 
-def _whole(method: Method, operands: Operands, keywords: dict[str, Any], out_dtype: torch.dtype) -> Tensor:
+def _run(
+    fused: Fused, method: Method, operands: Operands, keywords: dict[str, Any], out: _Output
+) -> RoundingLoss | None:
+    """Merge by compiled loops; they only notice that a value is not finite, the torch function then says which."""
+    program = Program(fused, operands)
+    elements = program.run_elements(out.run_elements)
+    loss = RoundingLoss()
+    for begin in range(0, operands.numel, elements):
+        lost = program.carry_out(begin, out.place(begin, min(begin + elements, operands.numel)))
+        if lost is None:
+            return _stream(method, operands, keywords, replace(out, place=_nowhere(out.dtype)))
+        loss += lost
+    return loss if out.counted else None
+
+
+def _nowhere(dtype: torch.dtype) -> Place:
+    return lambda begin, end: torch.empty(end - begin, dtype=dtype)
+
+
+def _fits(operands: Operands, out: _Output) -> bool:
+    inputs = operands.models if operands.base is None else (operands.base, *operands.models)
+    # A row that is longer than a run would have to be ranked again for every run.
+    return all(map(fits, inputs)) and out.dtype in STORED_CODES and operands.row_elements <= out.run_elements
+
+
+def _stream(method: Method, operands: Operands, keywords: dict[str, Any], out: _Output) -> RoundingLoss | None:
+    context = operands.context
+    first = operands.models[0] if operands.base is None else operands.base
+    flat, loss = first.reshape(-1), RoundingLoss()
+    for begin, base, models in operands.pieces():
+        merged = method.function(base, models, context=replace(context, offset=begin), **keywords)
+        loss += out.put(merged, begin, flat[begin : begin + merged.numel()], method, context)
+    return loss if out.counted else None
+
+
+def _whole(method: Method, operands: Operands, keywords: dict[str, Any], out: _Output) -> RoundingLoss | None:
     context, shape = operands.context, operands.models[0].shape
     base, models = operands.whole()
     merged = method.function(base, models, context=context, **keywords)
@@ -101,9 +218,9 @@ def _whole(method: Method, operands: Operands, keywords: dict[str, Any], out_dty
             where=f"tensor {context.name}",
             remedy="Report this to the author of the method.",
         )
-    rounded = merged.to(out_dtype)
-    _refuse_overflow(rounded, method, context)
-    return rounded
+    first = operands.models[0] if operands.base is None else operands.base
+    loss = out.put(merged.reshape(-1), 0, first.reshape(-1), method, context)
+    return loss if out.counted else None
 
 
 def _copied(base: Tensor | None, models: Sequence[Tensor], source: Source, context: TensorContext) -> Tensor:

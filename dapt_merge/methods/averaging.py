@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.fused import InputSum
+from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 
 
@@ -32,6 +34,14 @@ def affine_combination(tensors: Sequence[Tensor], coefficients: Sequence[float])
     return tensors[anchor].clone() if merged is None else merged.add_(tensors[anchor])
 
 
+def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Return Σcᵢθᵢ, added in that order; the inputs are float32 of one shape and are not modified."""
+    merged = tensors[0] * coefficients[0]
+    for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
+        merged.add_(tensor * coefficient)
+    return merged
+
+
 def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
     weights = values["weight"]
     active = [position for position, weight in enumerate(weights) if weight != 0]
@@ -44,6 +54,34 @@ def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
     return None
 
 
+def _shares(
+    base_given: bool, weight: Sequence[float], normalize: bool, context: TensorContext
+) -> tuple[list[float], bool]:
+    """Return the coefficient of each input (the base first), and whether they add to 1.
+
+    Raises:
+        InputError: there is no base, and the weights to normalize by add to 0.
+    """
+    if base_given:
+        if not normalize:
+            context.notes["normalize"] = "no effect: with a base, the base takes what the weights leave"
+        return [1 - math.fsum(weight), *weight], True
+    if not normalize:
+        return list(weight), False
+    weight_sum = math.fsum(weight)
+    if abs(weight_sum) < 1e-8:
+        raise InputError(
+            f"the weights {list(weight)} add to 0, so that their average is undefined",
+            where=f"tensor {context.name}",
+            remedy="Change the weights, or set normalize: false.",
+        )
+    return [share / weight_sum for share in weight], True
+
+
+def _fused(operands: Operands, *, weight: tuple[float, ...], normalize: bool, context: TensorContext) -> InputSum:
+    return InputSum(*_shares(operands.base is not None, weight, normalize, context))
+
+
 @method(
     "linear",
     parameters=(
@@ -54,6 +92,7 @@ def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
     reference="model soups, arXiv:2203.05482; with a base WiSE-FT, arXiv:2109.01903",
     elementwise=True,
     copy_of=_copy_of,
+    kernel=_fused,
 )
 def linear(
     base: Tensor | None,
@@ -71,20 +110,6 @@ def linear(
     Raises:
         InputError: there is no base, and the weights to normalize by add to 0.
     """
-    if base is not None:
-        if not normalize:
-            context.notes["normalize"] = "no effect: with a base, the base takes what the weights leave"
-        return affine_combination([base, *models], [1 - math.fsum(weight), *weight])
-    if normalize:
-        weight_sum = math.fsum(weight)
-        if abs(weight_sum) < 1e-8:
-            raise InputError(
-                f"the weights {list(weight)} add to 0, so that their average is undefined",
-                where=f"tensor {context.name}",
-                remedy="Change the weights, or set normalize: false.",
-            )
-        return affine_combination(models, [share / weight_sum for share in weight])
-    merged = torch.zeros_like(models[0])
-    for model, share in zip(models, weight, strict=True):
-        merged.add_(model * share)
-    return merged
+    inputs = list(models) if base is None else [base, *models]
+    shares, affine = _shares(base is not None, weight, normalize, context)
+    return affine_combination(inputs, shares) if affine else weighted_sum(inputs, shares)

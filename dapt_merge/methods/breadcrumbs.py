@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.dare import l1_ratio, linear_copy
+from dapt_merge.methods.fused import TaskVectorSum, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.selection import Cutoff, find_cutoffs, kept_count, kept_mask
@@ -33,6 +34,7 @@ from dapt_merge.methods.ties import (
     NORMALIZE,
     elected_copy,
     elected_dead_knobs,
+    elected_in_one_pass,
     merge_elected,
     normalizes,
     taking_part,
@@ -58,6 +60,13 @@ class _Band(NamedTuple):
     upper: Cutoff | None
     lower: Cutoff | None
     factor: float = 1.0
+
+    @property
+    def thinning(self) -> ToBand | None:
+        """The band for the compiled loops; None where everything is kept as it is."""
+        if self.upper is None and self.lower is None and self.factor == 1:
+            return None
+        return ToBand(self.lower, self.upper, self.factor)
 
     def mask(self, delta: Tensor, start: int) -> Tensor:
         """Return which elements of a 1-d run are kept; `start` is the index of its first element."""
@@ -117,6 +126,43 @@ def _banded_deltas(
     return deltas
 
 
+def _fused_sum(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    gamma: tuple[float, ...],
+    lambda_: float,
+    normalize: bool,
+    rescale: str | bool,
+    measured: tuple[_Band, ...],
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    applied = scales(weight, normalize, lambda_, context)
+    bands = [measured[position].thinning for position in voters]
+    return TaskVectorSum(voters, bands, [applied[position] for position in voters])
+
+
+def _fused_election(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    gamma: tuple[float, ...],
+    lambda_: float,
+    normalize: str | bool,
+    elect: str,
+    rescale: str | bool,
+    measured: tuple[_Band, ...],
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    bands = [measured[position].thinning for position in voters]
+    normalized = normalizes(normalize, len(operands.models))
+    return elected_in_one_pass(voters, bands, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+
+
 def _unless_outliers_go(values: Values, source: Source | None) -> Source | None:
     return source if source is None or source == "base" or values["gamma"][source] == 0 else None
 
@@ -157,6 +203,7 @@ def _ties_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=_linear_dead_knobs,
     measure=_bands,
     copy_of=_linear_copy,
+    kernel=_fused_sum,
 )
 def breadcrumbs(
     base: Tensor,
@@ -192,6 +239,7 @@ def breadcrumbs(
     dead_knobs=_ties_dead_knobs,
     measure=_bands,
     copy_of=_elected_copy,
+    kernel=_fused_election,
 )
 def breadcrumbs_ties(
     base: Tensor,

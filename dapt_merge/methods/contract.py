@@ -28,6 +28,7 @@ from torch import Tensor
 from dapt_merge.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from dapt_merge.methods.fused import Fused
     from dapt_merge.methods.selection import Cutoff
 
 Value = float | bool | str
@@ -185,6 +186,8 @@ class Method:
             for bit, or None. This is what makes end points exact and free.
         placed: `(complete values, context) -> values`, what the values come to at the tensor's place in the model; all
             of the above but `dead_knobs` and `check` see only these.
+        kernel: `(operands, **what the function gets) -> Fused`: what an elementwise function does, for the compiled
+            loops (see `fused`). They give the function's bits; the function runs where they cannot.
     """
 
     name: str
@@ -202,6 +205,7 @@ class Method:
     check: Callable[[Values, str], None] | None = None
     copy_of: Callable[[Values, int, bool], Source | None] | None = None
     placed: Callable[[Values, TensorContext], Values] | None = None
+    kernel: Callable[..., Fused] | None = None
 
     def parameter(self, name: str) -> Parameter | None:
         """Return the declared parameter of that name, or None."""

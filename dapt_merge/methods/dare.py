@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.fused import AtRandom, TaskVectorSum
 from dapt_merge.methods.masks import keep_mask
 from dapt_merge.methods.pieces import Operands, partial_sums
 from dapt_merge.methods.registry import method
@@ -34,6 +35,7 @@ from dapt_merge.methods.ties import (
     NORMALIZE,
     elected_copy,
     elected_dead_knobs,
+    elected_in_one_pass,
     merge_elected,
     normalizes,
     taking_part,
@@ -106,6 +108,48 @@ def _dropped_deltas(
     return deltas
 
 
+def _drops(density: Sequence[float], factors: Sequence[float], positions: Sequence[int]) -> list[AtRandom | None]:
+    """Return what `_dropped_deltas` does, for the compiled loops."""
+    return [
+        AtRandom(density[position], position, factors[position]) if density[position] < 1 else None
+        for position in positions
+    ]
+
+
+def _fused_sum(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    lambda_: float,
+    normalize: bool,
+    rescale: str | bool,
+    measured: tuple[float, ...],
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    applied = scales(weight, normalize, lambda_, context)
+    return TaskVectorSum(voters, _drops(density, measured, voters), [applied[position] for position in voters])
+
+
+def _fused_election(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    lambda_: float,
+    normalize: str | bool,
+    elect: str,
+    rescale: str | bool,
+    measured: tuple[float, ...],
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    dropped = _drops(density, measured, voters)
+    normalized = normalizes(normalize, len(operands.models))
+    return elected_in_one_pass(voters, dropped, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+
+
 def drop_dead_knobs(values: Values) -> list[str]:
     """Explain a random drop that drops nothing."""
     if all(density in (0, 1) for density in values["density"]):
@@ -140,6 +184,7 @@ def linear_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=linear_dead_knobs,
     measure=_rescales,
     copy_of=linear_copy,
+    kernel=_fused_sum,
 )
 def dare_linear(
     base: Tensor,
@@ -178,6 +223,7 @@ def ties_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=ties_dead_knobs,
     measure=_rescales,
     copy_of=elected_copy,
+    kernel=_fused_election,
 )
 def dare_ties(
     base: Tensor,

@@ -17,11 +17,21 @@ from torch import Tensor
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, TensorContext, Values
 from dapt_merge.methods.dare import RESCALE, l1_ratio, linear_copy, linear_dead_knobs, ties_dead_knobs
+from dapt_merge.methods.fused import ByRank, TaskVectorSum
 from dapt_merge.methods.masks import keep_mask
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.task_arithmetic import LAMBDA, NORMALIZE_BY_SUM, WEIGHT, add_scaled, scales
-from dapt_merge.methods.ties import DENSITY, ELECT, NORMALIZE, elected_copy, merge_elected, normalizes, taking_part
+from dapt_merge.methods.ties import (
+    DENSITY,
+    ELECT,
+    NORMALIZE,
+    elected_copy,
+    elected_in_one_pass,
+    merge_elected,
+    normalizes,
+    taking_part,
+)
 
 EPSILON = Parameter(
     "epsilon",
@@ -67,10 +77,17 @@ def keep_probabilities(delta: Tensor, row_elements: int, density: float, epsilon
     probabilities = torch.full(shape, density, dtype=torch.float64, device=delta.device)
     if row_elements > 1 and epsilon > 0:
         order = delta.view(-1, row_elements).abs().sort(dim=1, descending=True, stable=True).indices
-        ranks = torch.arange(row_elements, dtype=torch.float64, device=delta.device)
-        by_rank = (1 - ranks.mul_(2 / (row_elements - 1))).mul_(epsilon).add_(density).clamp_max_(1)
+        by_rank = _probabilities_by_rank(row_elements, density, epsilon).to(delta.device)
         probabilities.scatter_(1, order, by_rank.expand_as(order))
     return probabilities.view(-1)
+
+
+def _probabilities_by_rank(row_elements: int, density: float, epsilon: float) -> Tensor:
+    """Return the probabilities of a row, that of its largest magnitude first: float64 [row_elements]."""
+    if row_elements == 1 or not epsilon:
+        return torch.full((row_elements,), density, dtype=torch.float64)
+    ranks = torch.arange(row_elements, dtype=torch.float64)
+    return (1 - ranks.mul_(2 / (row_elements - 1))).mul_(epsilon).add_(density).clamp_max_(1)
 
 
 def _check(values: Values, where: str) -> None:
@@ -147,6 +164,58 @@ def _pruned_deltas(
     return deltas
 
 
+def _drops(
+    density: Sequence[float], epsilon: Sequence[float], pruning: _Pruning, positions: Sequence[int]
+) -> list[ByRank | None]:
+    """Return what `_pruned_deltas` does, for the compiled loops."""
+    return [
+        ByRank(
+            _probabilities_by_rank(pruning.row_elements, density[position], epsilon[position]),
+            position,
+            pruning.factors[position],
+        )
+        if density[position] < 1
+        else None
+        for position in positions
+    ]
+
+
+def _fused_sum(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    epsilon: tuple[float, ...],
+    lambda_: float,
+    normalize: bool,
+    rescale: str | bool,
+    measured: _Pruning,
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    applied = scales(weight, normalize, lambda_, context)
+    return TaskVectorSum(voters, _drops(density, epsilon, measured, voters), [applied[position] for position in voters])
+
+
+def _fused_election(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    epsilon: tuple[float, ...],
+    lambda_: float,
+    normalize: str | bool,
+    elect: str,
+    rescale: str | bool,
+    measured: _Pruning,
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    dropped = _drops(density, epsilon, measured, voters)
+    normalized = normalizes(normalize, len(operands.models))
+    return elected_in_one_pass(voters, dropped, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+
+
 @method(
     "della_linear",
     parameters=(WEIGHT, DENSITY, EPSILON, LAMBDA, NORMALIZE_BY_SUM, RESCALE),
@@ -158,6 +227,7 @@ def _pruned_deltas(
     measure=_pruning,
     check=_check,
     copy_of=linear_copy,
+    kernel=_fused_sum,
 )
 def della_linear(
     base: Tensor,
@@ -195,6 +265,7 @@ def della_linear(
     measure=_pruning,
     check=_check,
     copy_of=elected_copy,
+    kernel=_fused_election,
 )
 def della(
     base: Tensor,

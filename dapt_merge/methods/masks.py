@@ -11,7 +11,9 @@ this module does not know: what is masked.
 from __future__ import annotations
 
 import hashlib
+from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def keep_mask(
         >>> torch.equal(whole[40:], keep_mask(0, "w", 0, start=40, count=60, probability=0.5))
         True
     """
-    limit = _limits(probability)
+    limit = keep_limits(probability)
     kept = torch.empty(count, dtype=torch.bool, device=device)
     done = 0
     while done < count:
@@ -64,12 +66,21 @@ def keep_mask(
     return kept
 
 
-def _limits(probability: float | Tensor) -> int | Tensor:
-    """The hash value below which an element is kept."""
+@overload
+def keep_limits(probability: float) -> int: ...
+@overload
+def keep_limits(probability: Tensor) -> Tensor: ...
+def keep_limits(probability: float | Tensor) -> int | Tensor:
+    """Return the hash value below which an element is kept: in [1, 2³²], or 0 where the probability is 0."""
     if isinstance(probability, Tensor):
         limits = (probability.double() * (1 << 32)).round_().to(torch.int64)
         return torch.where(probability > 0, limits.clamp_min_(1), 0)
     return max(1, round(probability * (1 << 32))) if probability > 0 else 0
+
+
+def mask_keys(seed: int, name: str, stream: int, count: int) -> np.ndarray:
+    """Return the two 32-bit key words of each of the first `count` multiples of 2³² elements, uint32 [count, 2]."""
+    return np.array([_key(seed, name, stream, high) for high in range(count)], np.uint32)
 
 
 def _key(seed: int, name: str, stream: int, high: int) -> tuple[int, int]:

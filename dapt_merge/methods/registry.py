@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method, Parameter, Source, Values
+from dapt_merge.methods.fused import Fused
 from dapt_merge.methods.lines import combinations
 
 ENTRY_POINT_GROUP = "dapt_merge.methods"
@@ -62,6 +63,7 @@ def method(
     measure: Callable[..., Any] | None = None,
     check: Callable[[Values, str], None] | None = None,
     copy_of: Callable[[Values, int, bool], Source | None] | None = None,
+    kernel: Callable[..., Fused] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a merge method and return it unchanged (see `contract.Method`).
 
@@ -97,6 +99,7 @@ def method(
             measure=measure,
             check=check,
             copy_of=copy_of,
+            kernel=kernel,
         )
         _methods[name] = declared if dead_knobs is None else _with_dead_knobs(declared, dead_knobs)
         return function

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dapt_merge.methods.averaging import affine_combination
+from dapt_merge.methods.averaging import affine_combination, weighted_sum
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.fused import InputSum
 from dapt_merge.methods.pieces import Operands, partial_sums
 from dapt_merge.methods.registry import method
 
@@ -61,6 +62,22 @@ def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
     return ends.get(values["t"])
 
 
+def _shares(t: float, measured: tuple[float, float] | None) -> tuple[list[float], bool]:
+    """Return what base and model are multiplied with, and whether that is the chord."""
+    return ([1 - t, t], True) if measured is None else (list(measured), False)
+
+
+def _fused(
+    operands: Operands,
+    *,
+    t: float,
+    dot_threshold: float,
+    measured: tuple[float, float] | None,
+    context: TensorContext,
+) -> InputSum:
+    return InputSum(*_shares(t, measured))
+
+
 @method(
     "slerp",
     parameters=(
@@ -72,6 +89,7 @@ def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
     elementwise=True,
     measure=_coefficients,
     copy_of=_copy_of,
+    kernel=_fused,
 )
 def slerp(
     base: Tensor,
@@ -87,8 +105,5 @@ def slerp(
     The coefficients come from the unit vectors and are applied to the tensors as they are. Where |cos Ω| is past
     `dot_threshold`, or a tensor is zero, this is `linear`, (1−t)θ₀ + tθ₁, with a note `fallback`.
     """
-    (model,) = models
-    if measured is None:
-        return affine_combination([base, model], [1 - t, t])
-    of_base, of_model = measured
-    return (base * of_base).add_(model * of_model)
+    shares, chord = _shares(t, measured)
+    return affine_combination([base, *models], shares) if chord else weighted_sum([base, *models], shares)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dapt_merge.methods.averaging import affine_combination
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.fused import InputSum
+from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 
 WEIGHT = Parameter("weight", None, "scale of each task vector", per_model=True)
@@ -78,6 +80,17 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     return zeroed(weight, values["lambda"]) or cancelled_weight(weight, values["normalize"])
 
 
+def _shares(weight: tuple[float, ...], lambda_: float, normalize: bool, context: TensorContext) -> list[float]:
+    applied = scales(weight, normalize, lambda_, context)
+    return [1 - math.fsum(applied), *applied]
+
+
+def _fused(
+    operands: Operands, *, weight: tuple[float, ...], lambda_: float, normalize: bool, context: TensorContext
+) -> InputSum:
+    return InputSum(_shares(weight, lambda_, normalize, context), affine=True)
+
+
 @method(
     "task_arithmetic",
     parameters=(WEIGHT, LAMBDA, NORMALIZE_BY_SUM),
@@ -85,6 +98,7 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     elementwise=True,
     dead_knobs=_dead_knobs,
     copy_of=_copy_of,
+    kernel=_fused,
 )
 def task_arithmetic(
     base: Tensor,
@@ -100,5 +114,4 @@ def task_arithmetic(
     With one task vector this is the line through base and model (beyond the model for a scale above 1, away from it
     for a negative one), with n their sum.
     """
-    applied = scales(weight, normalize, lambda_, context)
-    return affine_combination([base, *models], [1 - math.fsum(applied), *applied])
+    return affine_combination([base, *models], _shares(weight, lambda_, normalize, context))

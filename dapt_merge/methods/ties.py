@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.fused import TaskVectorSum, Thinning, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.selection import Cutoff, find_cutoff, kept_count, kept_mask
@@ -121,6 +122,22 @@ def merge_elected(
     return (merged if lambda_ == 1 else merged.mul_(lambda_)).add_(base)
 
 
+def elected_in_one_pass(
+    voters: Sequence[int],
+    thinnings: Sequence[Thinning],
+    weight: Sequence[float],
+    *,
+    elect: str,
+    normalize: bool,
+    lambda_: float,
+) -> TaskVectorSum:
+    """Return what `merge_elected` does with the thinned task vectors of these models, for the compiled loops."""
+    weights = [weight[position] for position in voters]
+    if len(voters) == 1:
+        return TaskVectorSum(voters, thinnings, [lambda_ if normalize else lambda_ * weights[0]])
+    return TaskVectorSum(voters, thinnings, weights, elect, normalize, lambda_)
+
+
 def _elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], elect: str) -> Tensor:
     """Return +1 or −1 per element, and multiply each task vector with its weight on the way."""
     votes = torch.zeros_like(deltas[0])
@@ -184,6 +201,24 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     return dead
 
 
+def _fused(
+    operands: Operands,
+    *,
+    weight: tuple[float, ...],
+    density: tuple[float, ...],
+    lambda_: float,
+    normalize: str | bool,
+    elect: str,
+    trim_scope: str,
+    measured: tuple[Cutoff | None, ...],
+    context: TensorContext,
+) -> TaskVectorSum:
+    voters = taking_part(weight, density)
+    trimmed = [None if measured[position] is None else ToBand(measured[position]) for position in voters]
+    normalized = normalizes(normalize, len(operands.models))
+    return elected_in_one_pass(voters, trimmed, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+
+
 @method(
     "ties",
     parameters=(WEIGHT, DENSITY, LAMBDA, NORMALIZE, ELECT, TRIM_SCOPE),
@@ -192,6 +227,7 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=_dead_knobs,
     measure=_cutoffs,
     copy_of=elected_copy,
+    kernel=_fused,
 )
 def ties(
     base: Tensor,

@@ -1,0 +1,208 @@
+"""What a method does to each element, as data that the compiled loops of `kernels` carry out in one pass.
+
+The idea: the elementwise methods differ in few ways. Either the inputs are summed with coefficients, or task vectors
+are thinned (not at all, at random, to a band of magnitudes, by rank), scaled, and added to the base or elected into it.
+A method that is one of these declares so beside its torch function; that function stays what the method *is*, runs
+wherever these loops cannot, and every test of the loops compares with it bit by bit.
+
+What this module does not know: which method it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dapt_merge.methods.masks import keep_limits, mask_keys
+from dapt_merge.methods.rounding_loss import RoundingLoss
+from dapt_merge.methods.selection import Cutoff
+
+if TYPE_CHECKING:
+    from dapt_merge.methods.pieces import Operands
+
+STORED_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class AtRandom:
+    """Keep each element with one probability, by the mask of this stream, and multiply with `factor`."""
+
+    probability: float
+    stream: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class ToBand:
+    """Keep the elements that `lower` keeps and `upper` does not (None: no border), and multiply with `factor`."""
+
+    lower: Cutoff | None
+    upper: Cutoff | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ByRank:
+    """Keep each element with the probability of its rank in its row (the largest magnitude first).
+
+    What stays is multiplied with `factor`, or where that is None divided by its probability.
+    """
+
+    probabilities: Tensor  # float64 [row_elements]
+    stream: int
+    factor: float | None
+
+
+Thinning: TypeAlias = AtRandom | ToBand | ByRank | None
+
+
+@dataclass(frozen=True)
+class InputSum:
+    """Σcᵢθᵢ over the base, if there is one, and the models; `affine` as `averaging.affine_combination` does it."""
+
+    coefficients: Sequence[float]
+    affine: bool
+
+
+@dataclass(frozen=True)
+class TaskVectorSum:
+    """θ₀ + Σsᵢδᵢ over the models at `positions`, or with `elect` what `ties.merge_elected` makes of them."""
+
+    positions: Sequence[int]
+    thinnings: Sequence[Thinning]
+    scales: Sequence[float]
+    elect: str | None = None
+    normalize: bool = False
+    lambda_: float = 1.0
+
+
+Fused: TypeAlias = InputSum | TaskVectorSum
+
+
+def fits(tensor: Tensor) -> bool:
+    """Say whether the compiled loops can read or write a tensor where it lies."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in STORED_CODES
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % tensor.element_size() == 0
+    )
+
+
+class Program:
+    """A merge of one tensor, ready for the compiled loops.
+
+    Args:
+        fused: what to do.
+        operands: the inputs; all of them fit (see `fits`).
+    """
+
+    def __init__(self, fused: Fused, operands: Operands) -> None:
+        self._inputs = operands.models if operands.base is None else (operands.base, *operands.models)
+        self._addresses = np.array([tensor.data_ptr() for tensor in self._inputs], np.int64)
+        self._codes = np.array([STORED_CODES[tensor.dtype] for tensor in self._inputs], np.int64)
+        self._packed = _packed(fused, operands)
+
+    def run_elements(self, at_most: int) -> int:
+        """Return how many elements to ask for at a time: `at_most`, or as many as make whole rows."""
+        return at_most // self._packed.row * self._packed.row
+
+    def carry_out(self, begin: int, out: Tensor) -> RoundingLoss | None:
+        """Merge the elements from `begin` on (at the start of a row, where rows matter) into `out`.
+
+        Args:
+            begin: index in the flattened tensor.
+            out: 1-d, fits; gets the results, rounded to nearest.
+
+        Returns:
+            What rounding lost (of a 16-bit output, else zeros); None where an input or a result is NaN or infinite.
+        """
+        from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
+
+        finite, updated, lost = kernels.merge(
+            self._addresses,
+            self._codes,
+            begin,
+            out.numel(),
+            out.data_ptr(),
+            STORED_CODES[out.dtype],
+            self._packed.row * max(1, kernels.RUN_ELEMENTS // self._packed.row),
+            *self._packed.arguments(),
+        )
+        return RoundingLoss(updated, lost) if finite else None
+
+
+@dataclass
+class _Packed:
+    """The arguments of `kernels.merge` from `kind` on, in its order; see there."""
+
+    kind: int
+    coefficients: np.ndarray
+    anchor: int = 0
+    voters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    thinning: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    bands: np.ndarray = field(default_factory=lambda: np.zeros((0, 6), np.int64))
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 2), np.uint32))
+    row: int = 1
+    limits: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.uint32))
+    probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
+    factors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    elect: int = 0
+    normalize: bool = False
+    scale: float = 1.0
+
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(self.__dict__.values())
+
+
+def _packed(fused: Fused, operands: Operands) -> _Packed:
+    from dapt_merge.methods import kernels
+
+    if isinstance(fused, InputSum):
+        anchor = max(range(len(fused.coefficients)), key=lambda position: abs(fused.coefficients[position]))
+        kind = kernels.AFFINE if fused.affine else kernels.SUM
+        return _Packed(kind, np.array(fused.coefficients, np.float64), anchor)
+    voters, context = len(fused.positions), operands.context
+    row = next((len(thinning.probabilities) for thinning in fused.thinnings if isinstance(thinning, ByRank)), 1)
+    packed = _Packed(
+        kernels.SCALED if fused.elect is None else kernels.ELECTED,
+        np.array(fused.scales, np.float64),
+        voters=np.array(fused.positions, np.int64) + 1,
+        thinning=np.zeros((voters, 3), np.int64),
+        bands=np.zeros((voters, 6), np.int64),
+        keys=np.zeros((voters, 1 + (operands.numel - 1 >> 32), 2), np.uint32),
+        row=row,
+        limits=np.zeros((voters, row), np.uint32),
+        probabilities=np.ones((voters, row), np.float32),
+        factors=np.ones(voters, np.float32),
+        elect=("weighted", "unweighted", "count").index(fused.elect or "weighted"),
+        normalize=fused.normalize,
+        scale=fused.lambda_,
+    )
+    for place, thinning in enumerate(fused.thinnings):
+        if thinning is None:
+            continue
+        if isinstance(thinning, ToBand):
+            packed.thinning[place, 0] = kernels.BAND
+            packed.bands[place] = _borders(thinning.lower) + _borders(thinning.upper)
+        else:
+            packed.keys[place] = mask_keys(context.seed, context.name, thinning.stream, packed.keys.shape[1])
+            if isinstance(thinning, AtRandom):
+                packed.thinning[place, :2] = kernels.RANDOM, keep_limits(thinning.probability) - 1
+            else:
+                packed.thinning[place, 0] = kernels.BY_RANK
+                packed.thinning[place, 2] = thinning.factor is None
+                packed.limits[place] = (keep_limits(thinning.probabilities) - 1).numpy()
+                packed.probabilities[place] = thinning.probabilities.float().numpy()
+        if thinning.factor is not None:
+            packed.factors[place] = thinning.factor
+    return packed
+
+
+def _borders(cutoff: Cutoff | None) -> list[int]:
+    return [0, 0, 0] if cutoff is None else [1, cutoff.magnitude_bits, cutoff.last_tied]

@@ -1,0 +1,573 @@
+"""Compiled loops: stored numbers to merged, rounded, counted ones in a single pass through the processor's cache.
+
+The idea: a run of a few thousand elements is widened to float32, thinned, combined and rounded while it lies in the
+first-level cache, by plain loops that the compiler turns into vector instructions. Every operation is the float32
+operation of the simple torch implementation beside which a kernel is declared, in the same order, and none is fused
+with another: the bits are the same. All loops lie in this one file, since a compiled loop that is kept on disk is
+compiled anew when its own file changes, and not when another one does.
+
+What this module does not know: methods, parameters, tensors. It is given addresses and numbers (`fused`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
+ITEM_BYTES = (2, 2, 4)
+
+# How the inputs are combined (see `merge`).
+AFFINE, SUM, SCALED, ELECTED = 0, 1, 2, 3
+WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
+# How a task vector is thinned.
+WHOLE, RANDOM, BAND, BY_RANK = 0, 1, 2, 3
+
+RUN_ELEMENTS = 2048  # 8 KiB a buffer
+_INFINITE = np.uint32(0x7F800000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_RANK_BUCKETS = 2048
+
+
+def _compiled(function: Function) -> Function:
+    """Compile at the first call; keep the code beside this file, in the user's cache folder, or else only in memory."""
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    try:
+        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder can be written to
+        return numba.njit(function, **options)  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+# --- widening and rounding ---------------------------------------------------------------------------------------
+
+
+@_compiled
+def _widen(address: int, code: int, start: int, values: Any) -> Any:
+    """Write stored elements start… as float32; False when one of them is NaN or infinite."""
+    count = values.size
+    bits = values.view(np.uint32)
+    if code == BFLOAT16:
+        short = carray(_pointer(address + 2 * start), (count,), np.uint16)
+        largest = np.uint16(0)
+        for i in range(count):
+            bits[i] = np.uint32(short[i]) << np.uint32(16)
+            largest = max(largest, np.uint16(short[i] & np.uint16(0x7FFF)))
+        return largest < np.uint16(0x7F80)
+    if code == FLOAT16:
+        short = carray(_pointer(address + 2 * start), (count,), np.uint16)
+        largest = np.uint16(0)
+        for i in range(count):
+            bits[i] = np.uint32(short[i] & np.uint16(0x7FFF)) << np.uint32(13)
+            largest = max(largest, np.uint16(short[i] & np.uint16(0x7FFF)))
+        for i in range(count):
+            values[i] = values[i] * np.float32(2.0**112)  # from the bias of one exponent to that of the other: exact
+        for i in range(count):
+            bits[i] = bits[i] | (np.uint32(short[i] & np.uint16(0x8000)) << np.uint32(16))
+        return largest < np.uint16(0x7C00)
+    wide = carray(_pointer(address + 4 * start), (count,), np.uint32)
+    greatest = np.uint32(0)
+    for i in range(count):
+        bits[i] = wide[i]
+        greatest = max(greatest, np.uint32(wide[i] & _MAGNITUDE))
+    return greatest < _INFINITE
+
+
+@_compiled
+def _bfloat16(value: Any) -> Any:
+    """Return the bits of the bfloat16 nearest to a finite float32, ties to even."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+
+@_compiled
+def _float16(value: Any) -> Any:
+    """Return the bits of the float16 nearest to a finite float32, ties to even."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & _MAGNITUDE)
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+    normal = np.uint32(np.uint32(magnitude + np.uint32(odd + np.uint32(0xFFF))) - np.uint32(0x38000000))
+    normal = min(np.uint32(normal >> np.uint32(13)), np.uint32(0x7C00))
+    # The last place of 0.5 is that of float16's subnormals: the addition rounds to it.
+    subnormal = np.uint32(np.float32(abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+    near = normal if magnitude >= np.uint32(0x38800000) else subnormal
+    return np.uint32(near | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+@_compiled
+def _differs(one: Any, other: Any) -> Any:
+    """Say whether two 16-bit floats are different numbers; the zeros of either sign are one."""
+    zeros = np.uint32(np.uint32(one | other) & np.uint32(0x7FFF)) == np.uint32(0)
+    return (one != other) & (not zeros)
+
+
+@_compiled
+def _store_bfloat16(values: Any, base: Any, out: Any) -> Any:
+    largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
+    for i in range(out.size):
+        near = _bfloat16(values[i])
+        largest = max(largest, np.uint32(np.float32(values[i]).view(np.uint32) & _MAGNITUDE))
+        largest = max(largest, np.uint32(np.uint32(near & np.uint32(0x7FFF)) << np.uint32(16)))
+        out[i] = np.uint16(near)
+        updated += np.int32(values[i] != base[i])
+        kept += np.int32(_differs(near, _bfloat16(base[i])))
+    return largest < _INFINITE, updated, updated - kept
+
+
+@_compiled
+def _store_float16(values: Any, base: Any, out: Any) -> Any:
+    largest, greatest, updated, kept = np.uint32(0), np.uint32(0), np.int32(0), np.int32(0)
+    for i in range(out.size):
+        near = _float16(values[i])
+        largest = max(largest, np.uint32(np.float32(values[i]).view(np.uint32) & _MAGNITUDE))
+        greatest = max(greatest, np.uint32(near & np.uint32(0x7FFF)))
+        out[i] = np.uint16(near)
+        updated += np.int32(values[i] != base[i])
+        kept += np.int32(_differs(near, _float16(base[i])))
+    return (largest < _INFINITE) & (greatest < np.uint32(0x7C00)), updated, updated - kept
+
+
+@_compiled
+def _store_float32(values: Any, out: Any) -> Any:
+    largest = np.uint32(0)
+    for i in range(out.size):
+        largest = max(largest, np.uint32(np.float32(values[i]).view(np.uint32) & _MAGNITUDE))
+        out[i] = values[i]
+    return largest < _INFINITE
+
+
+@_compiled
+def _store(values: Any, base: Any, address: int, code: int, start: int) -> Any:
+    """Round to nearest into the output.
+
+    Returns (whether every value is finite there, how many differ from `base`, how many of those do not when rounded).
+    """
+    count = values.size
+    if code == FLOAT32:
+        return _store_float32(values, carray(_pointer(address + 4 * start), (count,), np.float32)), 0, 0
+    short = carray(_pointer(address + 2 * start), (count,), np.uint16)
+    if code == BFLOAT16:
+        return _store_bfloat16(values, base, short)
+    return _store_float16(values, base, short)
+
+
+# --- thinning ----------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _hashed(index: Any, first_key: Any, second_key: Any) -> Any:
+    """Hash a 32-bit counter, as `masks` says."""
+    state = np.uint32(index + first_key)
+    state = np.uint32(state ^ np.uint32(state >> np.uint32(16)))
+    state = np.uint32(state * np.uint32(0x7FEB352D))
+    state = np.uint32(state ^ np.uint32(state >> np.uint32(15)))
+    state = np.uint32(state * np.uint32(0x846CA68B))
+    state = np.uint32(state ^ np.uint32(state >> np.uint32(16)))
+    state = np.uint32(state + second_key)
+    state = np.uint32(state ^ np.uint32(state >> np.uint32(16)))
+    state = np.uint32(state * np.uint32(0x7FEB352D))
+    state = np.uint32(state ^ np.uint32(state >> np.uint32(15)))
+    state = np.uint32(state * np.uint32(0x846CA68B))
+    return np.uint32(state ^ np.uint32(state >> np.uint32(16)))
+
+
+@_compiled
+def _subtract(model: Any, base: Any, factor: Any, delta: Any) -> None:
+    for i in range(delta.size):
+        delta[i] = (model[i] - base[i]) * factor
+
+
+@_compiled
+def _subtract_and_hash(
+    model: Any, base: Any, low: Any, first_key: Any, second_key: Any, highest: Any, factor: Any, delta: Any
+) -> None:
+    for i in range(delta.size):
+        kept = _hashed(np.uint32(low + np.uint32(i)), first_key, second_key) <= highest
+        delta[i] = (model[i] - base[i]) * (np.float32(1) if kept else np.float32(0)) * factor
+
+
+@_compiled
+def _subtract_and_drop(model: Any, base: Any, start: int, highest: int, keys: Any, factor: Any, delta: Any) -> None:
+    """Keep the elements whose hash is at most `highest`."""
+    limit, done = np.uint32(highest), 0
+    while done < delta.size:  # a run may cross multiples of 2**32
+        high, low = (start + done) >> 32, (start + done) & 0xFFFFFFFF
+        run = slice(done, min(delta.size, done + (1 << 32) - low))
+        _subtract_and_hash(
+            model[run], base[run], np.uint32(low), keys[high, 0], keys[high, 1], limit, factor, delta[run]
+        )
+        done = run.stop
+
+
+@_compiled
+def _subtract_and_cut(model: Any, base: Any, least: Any, most: Any, factor: Any, delta: Any) -> None:
+    """Keep the elements whose magnitude's bits are in [least, most]."""
+    for i in range(delta.size):
+        value = model[i] - base[i]
+        magnitude = np.uint32(np.float32(value).view(np.uint32) & _MAGNITUDE)
+        kept = (magnitude >= least) & (magnitude <= most)
+        delta[i] = value * (np.float32(1) if kept else np.float32(0)) * factor
+
+
+@_compiled
+def _subtract_and_band(model: Any, base: Any, start: int, band: Any, factor: Any, delta: Any) -> None:
+    """Keep what the lower cutoff keeps and the upper one does not; each is (whether it is there, bits, last tied)."""
+    begin, count = 0, delta.size
+    while begin < count:
+        # Up to the next of the two places where ties change sides, each cutoff is one number.
+        end, least, most = count, np.int64(0), np.int64(0x7FFFFFFF)
+        for above in range(2):
+            if band[3 * above] == 0:
+                continue
+            beyond = band[3 * above + 2] + 1 - start
+            tied_kept = begin < beyond
+            if tied_kept:
+                end = min(end, beyond)
+            lowest_kept = band[3 * above + 1] + (0 if tied_kept else 1)
+            if above:
+                most = lowest_kept - 1
+            else:
+                least = lowest_kept
+        if most < least:
+            least, most = np.int64(0x7FFFFFFF), np.int64(0)
+        run = slice(begin, end)
+        _subtract_and_cut(model[run], base[run], np.uint32(least), np.uint32(most), factor, delta[run])
+        begin = end
+
+
+@_compiled
+def _order_row(bits: Any, keys: Any, counts: Any) -> int:
+    """Write the indices of a row's elements that are not 0, the largest first, into the low halves of `keys`.
+
+    Buckets of nearly equal magnitude are filled in the order of the elements, and what is out of order within one is
+    moved by insertion: nearly nothing, and where it is much, a sort does it. Returns how many there are.
+    """
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        largest = max(largest, np.uint32(bits[i] & _MAGNITUDE))
+    shift = 16 if bits.size >= 1024 else 18
+    buckets = 16 << (23 - shift)  # 16 octaves below the largest; the last bucket holds all below
+    top = np.int64(largest) >> shift
+    counts[:buckets] = 0
+    found = 0
+    for i in range(bits.size):
+        magnitude = np.int64(bits[i] & _MAGNITUDE)
+        if magnitude:
+            counts[min(top - (magnitude >> shift), buckets - 1)] += 1
+            found += 1
+    before = 0
+    for bucket in range(buckets):
+        held = counts[bucket]
+        counts[bucket] = before
+        before += held
+    for i in range(bits.size):
+        magnitude = np.int64(bits[i] & _MAGNITUDE)
+        if magnitude:
+            bucket = min(top - (magnitude >> shift), buckets - 1)
+            keys[counts[bucket]] = ((np.int64(0x7FFFFFFF) - magnitude) << 32) | i
+            counts[bucket] += 1
+    moves_left = 32 * found
+    for place in range(1, found):
+        key = keys[place]
+        hole = place
+        while hole > 0 and keys[hole - 1] > key:
+            keys[hole] = keys[hole - 1]
+            hole -= 1
+        keys[hole] = key
+        moves_left -= place - hole
+        if moves_left < 0:
+            keys[:found].sort()
+            break
+    return found
+
+
+@_compiled
+def _drop_by_rank(delta: Any, start: int, row: int, limits: Any, probabilities: Any, divide: bool, keys: Any) -> None:
+    """Keep each element of whole rows with the probability that its rank in its row has, and divide by that."""
+    count = delta.size
+    bits = delta.view(np.uint32)
+    limit_of = np.zeros(count, np.uint32)
+    probability_of = np.ones(count, np.float32)
+    order = np.empty(row, np.int64)
+    counts = np.empty(_RANK_BUCKETS, np.int64)
+    for first in range(0, count, row):
+        found = _order_row(bits[first : first + row], order, counts)
+        for rank in range(found):
+            place = first + (order[rank] & 0xFFFFFFFF)
+            limit_of[place] = limits[rank]
+            probability_of[place] = probabilities[rank]
+    done = 0
+    while done < count:  # a long row may cross multiples of 2**32
+        low = (start + done) & 0xFFFFFFFF
+        end = min(count, done + (1 << 32) - low)
+        first_key, second_key = keys[(start + done) >> 32, 0], keys[(start + done) >> 32, 1]
+        begin = np.uint32(low)
+        for i in range(end - done):
+            kept = _hashed(np.uint32(begin + np.uint32(i)), first_key, second_key) <= limit_of[done + i]
+            delta[done + i] = delta[done + i] * (np.float32(1) if kept else np.float32(0))
+        done = end
+    if divide:
+        for i in range(count):
+            delta[i] = delta[i] / probability_of[i]
+
+
+# --- combining ---------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _affine_two(values: Any, fixed: Any, coefficient: Any, merged: Any) -> None:
+    for i in range(merged.size):
+        merged[i] = (values[i] - fixed[i]) * coefficient + fixed[i]
+
+
+@_compiled
+def _affine(inputs: Any, coefficients: Any, anchor: int, merged: Any) -> None:
+    """Return θₐ + Σcᵢ(θᵢ − θₐ), the sum first, as `averaging.affine_combination`."""
+    fixed = inputs[anchor]
+    if len(coefficients) == 2 and coefficients[1 - anchor] != 0:
+        _affine_two(inputs[1 - anchor], fixed, np.float32(coefficients[1 - anchor]), merged)
+        return
+    started = False
+    for position in range(len(coefficients)):
+        if position == anchor or coefficients[position] == 0:
+            continue
+        values, coefficient = inputs[position], np.float32(coefficients[position])
+        if started:
+            for i in range(merged.size):
+                merged[i] = merged[i] + (values[i] - fixed[i]) * coefficient
+        else:
+            for i in range(merged.size):
+                merged[i] = (values[i] - fixed[i]) * coefficient
+        started = True
+    if started:
+        for i in range(merged.size):
+            merged[i] = merged[i] + fixed[i]
+    else:
+        merged[:] = fixed
+
+
+@_compiled
+def _sum(inputs: Any, coefficients: Any, merged: Any) -> None:
+    """Return Σcᵢθᵢ in the order of the inputs."""
+    first, of_first = inputs[0], np.float32(coefficients[0])
+    if len(coefficients) == 1:
+        for i in range(merged.size):
+            merged[i] = first[i] * of_first
+        return
+    second, of_second = inputs[1], np.float32(coefficients[1])
+    for i in range(merged.size):
+        merged[i] = first[i] * of_first + second[i] * of_second
+    for position in range(2, len(coefficients)):
+        values, coefficient = inputs[position], np.float32(coefficients[position])
+        for i in range(merged.size):
+            merged[i] = merged[i] + values[i] * coefficient
+
+
+@_compiled
+def _scaled(base: Any, deltas: Any, scales: Any, merged: Any) -> None:
+    """Return θ₀ + Σsᵢδᵢ, the sum first, as `task_arithmetic.add_scaled`."""
+    if len(scales) == 1:
+        delta, scale = deltas[0], np.float32(scales[0])
+        for i in range(merged.size):
+            merged[i] = delta[i] * scale + base[i]
+        return
+    _sum(deltas, scales, merged)
+    for i in range(merged.size):
+        merged[i] = merged[i] + base[i]
+
+
+@_compiled
+def _elected_two(
+    base: Any, one: Any, other: Any, weights: Any, elect: int, normalize: bool, scale: Any, merged: Any
+) -> None:
+    """As `_elected`, for two task vectors whose votes are what they are or what they are weighted."""
+    first, second = np.float32(weights[0]), np.float32(weights[1])
+    against_one = np.float32(-1) if elect == UNWEIGHTED and first < 0 else np.float32(1)
+    against_other = np.float32(-1) if elect == UNWEIGHTED and second < 0 else np.float32(1)
+    voice_one = np.float32(1) if elect == UNWEIGHTED else first
+    voice_other = np.float32(1) if elect == UNWEIGHTED else second
+    for i in range(merged.size):
+        votes = one[i] * voice_one + other[i] * voice_other
+        sign = np.float32(1) if votes >= 0 else np.float32(-1)
+        agreeing_one = one[i] * first * (against_one * sign)
+        agreeing_other = other[i] * second * (against_other * sign)
+        total = against_one * (agreeing_one if agreeing_one > 0 else np.float32(0))
+        total += against_other * (agreeing_other if agreeing_other > 0 else np.float32(0))
+        divisor = first if agreeing_one > 0 else np.float32(0)
+        divisor += second if agreeing_other > 0 else np.float32(0)
+        divides = normalize & (divisor != 0)
+        merged[i] = total * sign / (divisor if divides else np.float32(1)) * scale + base[i]
+
+
+@_compiled
+def _vote(deltas: Any, weights: Any, elect: int, votes: Any) -> None:
+    """Multiply each task vector with its weight, and write +1 or −1, the elected sign, into `votes`."""
+    votes[:] = np.float32(0)
+    for position in range(len(weights)):
+        delta, weight = deltas[position], np.float32(weights[position])
+        if elect == UNWEIGHTED:
+            for i in range(votes.size):
+                votes[i] = votes[i] + delta[i]
+                delta[i] = delta[i] * weight
+        elif elect == WEIGHTED:
+            for i in range(votes.size):
+                delta[i] = delta[i] * weight
+                votes[i] = votes[i] + delta[i]
+        else:
+            for i in range(votes.size):
+                delta[i] = delta[i] * weight
+                up = np.float32(1) if delta[i] > 0 else np.float32(0)
+                down = np.float32(1) if delta[i] < 0 else np.float32(0)
+                votes[i] = votes[i] + (up - down)
+    for i in range(votes.size):
+        votes[i] = np.float32(1) if votes[i] >= 0 else np.float32(-1)
+
+
+@_compiled
+def _elected(base: Any, deltas: Any, weights: Any, elect: int, normalize: bool, scale: Any, merged: Any) -> None:
+    """Return θ₀ + λ·m, as `ties.merge_elected`; `scale` is λ."""
+    if len(weights) == 1:
+        for i in range(merged.size):
+            merged[i] = deltas[0][i] * scale + base[i]
+        return
+    if len(weights) == 2 and elect != COUNT:
+        _elected_two(base, deltas[0], deltas[1], weights, elect, normalize, scale, merged)
+        return
+    votes, divisor = np.empty(merged.size, np.float32), np.zeros(merged.size, np.float32)
+    _vote(deltas, weights, elect, votes)
+    merged[:] = np.float32(0)
+    for position in range(len(weights)):
+        delta, weight = deltas[position], np.float32(weights[position])
+        against = np.float32(-1) if elect == UNWEIGHTED and weight < 0 else np.float32(1)
+        for i in range(merged.size):
+            agreeing = delta[i] * (against * votes[i])
+            agrees = agreeing > 0
+            merged[i] = merged[i] + against * (agreeing if agrees else np.float32(0))
+            divisor[i] = divisor[i] + (weight if agrees else np.float32(0))
+    if normalize:
+        for i in range(merged.size):
+            merged[i] = merged[i] * votes[i] / (np.float32(1) if divisor[i] == 0 else divisor[i])
+    else:
+        for i in range(merged.size):
+            merged[i] = merged[i] * votes[i]
+    for i in range(merged.size):
+        merged[i] = merged[i] * scale + base[i]
+
+
+@_compiled
+def merge(
+    addresses: Any,
+    codes: Any,
+    begin: int,
+    count: int,
+    out_address: int,
+    out_code: int,
+    run: int,
+    kind: int,
+    coefficients: Any,
+    anchor: int,
+    voters: Any,
+    thinning: Any,
+    bands: Any,
+    keys: Any,
+    row: int,
+    limits: Any,
+    probabilities: Any,
+    factors: Any,
+    elect: int,
+    normalize: bool,
+    scale: Any,
+) -> Any:
+    """Merge `count` elements, `run` at a time, into the output.
+
+    Args:
+        addresses: of the inputs' first elements; the first input is what an update starts from.
+        codes: what the inputs are stored in.
+        begin: index of the first element to merge.
+        count: number of elements.
+        out_address: of the output's first element.
+        out_code: what it is stored in.
+        run: elements handled at a time; whole rows where ranks are asked for.
+        kind: AFFINE (Σcᵢθᵢ for cᵢ that add to 1, from `anchor`), SUM (Σcᵢθᵢ), SCALED (θ₀ + Σcᵢδᵢ) or ELECTED.
+        coefficients: float64, one per input (AFFINE, SUM) or per voter.
+        anchor: see `kind`.
+        voters: which inputs take part as task vectors (SCALED, ELECTED).
+        thinning: one row per voter: how it is thinned, the highest hash that is kept (RANDOM), whether it is then
+            divided by its probability (BY_RANK).
+        bands: one row per voter: (is there a cutoff, bits, last tied) of the lower and of the upper one (BAND).
+        keys: uint32 [voter, element index // 2**32, 2].
+        row: elements of a row (BY_RANK).
+        limits: uint32 [voter, row]: the highest hash that is kept, by rank.
+        probabilities: float32 [voter, row], by rank.
+        factors: float32, one per voter: what is left of it is multiplied with this.
+        elect: WEIGHTED, UNWEIGHTED or COUNT.
+        normalize: divide by the weights that agree.
+        scale: λ (ELECTED).
+
+    Returns:
+        (whether all inputs and results are finite, elements that the merge moves away from the first input, and those
+        of them that rounding to a 16-bit output moves back)
+    """
+    size = min(run, count)
+    inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
+    deltas = np.empty((len(voters), size), np.float32)
+    updated = lost = 0
+    for start in range(begin, begin + count, run):
+        if (
+            begin + count - start < size
+        ):  # buffers of exactly the size of a run have no gaps, which vector instructions need
+            size = begin + count - start
+            inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
+            deltas = np.empty((len(voters), size), np.float32)
+        finite = True
+        for position in range(len(addresses)):
+            finite &= _widen(addresses[position], codes[position], start, inputs[position])
+        if not finite:
+            return False, 0, 0
+        base = inputs[0]
+        if kind == AFFINE:
+            _affine(inputs, coefficients, anchor, merged)
+        elif kind == SUM:
+            _sum(inputs, coefficients, merged)
+        else:
+            for position in range(len(voters)):
+                delta, model, factor = deltas[position], inputs[voters[position]], factors[position]
+                if thinning[position, 0] == RANDOM:
+                    highest = thinning[position, 1]
+                    _subtract_and_drop(model, base, start, highest, keys[position], factor, delta)
+                elif thinning[position, 0] == BAND:
+                    _subtract_and_band(model, base, start, bands[position], factor, delta)
+                elif thinning[position, 0] == BY_RANK:
+                    _subtract(model, base, np.float32(1), delta)
+                    divide = thinning[position, 2] != 0
+                    _drop_by_rank(delta, start, row, limits[position], probabilities[position], divide, keys[position])
+                    for i in range(size):
+                        delta[i] = delta[i] * factor
+                else:
+                    _subtract(model, base, factor, delta)
+            if kind == SCALED:
+                _scaled(base, deltas, coefficients, merged)
+            else:
+                _elected(base, deltas, coefficients, elect, normalize, np.float32(scale), merged)
+        finite, moved, moved_back = _store(merged, base, out_address, out_code, start - begin)
+        if not finite:
+            return False, 0, 0
+        updated += moved
+        lost += moved_back
+    return True, updated, lost
