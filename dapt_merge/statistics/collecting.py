@@ -6,7 +6,7 @@ added, and the sum is divided by all predicted tokens. It needs no seed, and tex
 will read. Gram matrices are added up from the inputs of every `nn.Linear` and divided by all tokens, so that texts of
 different lengths weigh the same; layers that get the very same input (queries, keys and values; gate and up) share one.
 
-Memory: the model, its gradients and as much again for Fisher information; for Gram matrices the model and a matrix of
+Memory: the model and as much again for Fisher information; for Gram matrices the model and a matrix of
 inputs × inputs for each input. A pass that is cut off goes on from the sums that it kept: they are added in the same
 order, so the numbers are the same. What merges do with the numbers, this module does not know.
 """
@@ -177,27 +177,37 @@ def read_sequences(source: CorpusSource, tokenizer: Any, tokens: int, sequence_l
 class _FisherSum:
     """Adds the squared gradients of each sequence's summed negative log-likelihood."""
 
-    model_copies = 2  # the weights and their gradients
+    model_copies = 1
 
     def __init__(self, model: Any, names: dict[str, str]) -> None:
         self._model, self.device = model, model.device
-        self._parameters = {names[name]: p for name, p in model.named_parameters() if name in names}
-        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
+        parameters = {names[name]: p for name, p in model.named_parameters() if name in names}
+        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        # A gradient is squared as soon as it is complete, and let go: they are never all in memory.
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._adder(self.sums[name]))
+            for name, parameter in parameters.items()
+        ]
+
+    def _adder(self, total: Tensor) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                total.addcmul_(parameter.grad, parameter.grad)
+                parameter.grad = None
+
+        return add
 
     @property
     def nbytes(self) -> int:
         return sum(total.nbytes for total in self.sums.values())
 
     def add(self, ids: Tensor) -> None:
-        self._model.zero_grad(set_to_none=True)
         loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss
         (loss * (ids.shape[1] - 1)).backward()
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self.sums[name].addcmul_(parameter.grad, parameter.grad)
 
     def finished(self, tokens: int) -> dict[str, Tensor]:
-        self._model.zero_grad(set_to_none=True)
+        for hook in self._hooks:
+            hook.remove()
         return {name: total.div_(tokens).cpu() for name, total in self.sums.items()}
 
 
