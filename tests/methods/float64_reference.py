@@ -38,32 +38,25 @@ def wide(tensor: Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
+def by_magnitude(values: np.ndarray) -> np.ndarray:
+    """Positions in a flat array, largest magnitude first, equal ones by lower index."""
+    return np.argsort(-np.abs(values), kind="stable")
+
+
 def trimmed(delta: np.ndarray, density: float) -> np.ndarray:
     """The ⌊density·n⌋ (at least one) largest magnitudes; equal ones by lower index."""
-    flat = delta.reshape(-1)
-    kept = max(1, int(density * flat.size)) if density > 0 else 0
-    order = sorted(range(flat.size), key=lambda index: (-abs(flat[index]), index))
-    out = np.zeros_like(flat)
-    out[order[:kept]] = flat[order[:kept]]
-    return out.reshape(delta.shape)
+    return banded(delta, density, 0.0)
 
 
 def elected(deltas: Sequence[np.ndarray], weights: Sequence[float], elect: str, normalize: bool) -> np.ndarray:
-    """The merged task vector of TIES, one element at a time."""
-    out = np.zeros(deltas[0].size)
-    for index in range(out.size):
-        entries = [(delta.reshape(-1)[index], weight) for delta, weight in zip(deltas, weights, strict=True)]
-        ballots = {
-            "weighted": [weight * delta for delta, weight in entries],
-            "unweighted": [delta for delta, _ in entries],
-            "count": [math.copysign(1, weight * delta) if delta else 0 for delta, weight in entries],
-        }[elect]
-        direction = 1 if sum(ballots) >= 0 else -1
-        agreeing = [entry for entry, ballot in zip(entries, ballots, strict=True) if ballot * direction > 0]
-        weight_sum = sum(weight for _, weight in agreeing)
-        divisor = weight_sum if normalize and weight_sum != 0 else 1
-        out[index] = sum(weight * delta for delta, weight in agreeing) / divisor
-    return out.reshape(deltas[0].shape)
+    """The merged task vector of TIES: votes, the sign of their sum, the (weighted mean of) changes of that sign."""
+    changes, scales = np.array(deltas), np.array(weights).reshape(-1, *[1] * np.ndim(deltas[0]))
+    votes = {"weighted": scales * changes, "unweighted": changes, "count": np.sign(scales * changes)}[elect]
+    direction = np.where(votes.sum(axis=0) >= 0, 1, -1)
+    agreeing = votes * direction > 0
+    weight_sum = (scales * agreeing).sum(axis=0)
+    divisor = np.where(weight_sum == 0, 1, weight_sum) if normalize else 1
+    return (scales * changes * agreeing).sum(axis=0) / divisor
 
 
 def spherical(base: np.ndarray, model: np.ndarray, t: float) -> np.ndarray:
@@ -72,12 +65,46 @@ def spherical(base: np.ndarray, model: np.ndarray, t: float) -> np.ndarray:
     return (np.sin((1 - t) * angle) * base + np.sin(t * angle) * model) / np.sin(angle)
 
 
+def arc(one: np.ndarray, two: np.ndarray, t: float, axis: int | None = None) -> np.ndarray:
+    """The point at t on the arc between two vectors: all elements, or those along an axis, each pair on its own."""
+    cosine = (one * two).sum(axis=axis, keepdims=True)
+    cosine = cosine / np.sqrt((one**2).sum(axis=axis, keepdims=True) * (two**2).sum(axis=axis, keepdims=True))
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    return (np.sin((1 - t) * angle) * one + np.sin(t * angle) * two) / np.sin(angle)
+
+
+def mean_direction(vectors: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """multislerp: the weighted mean of the unit vectors, stretched to the weighted mean length."""
+    lengths = [np.linalg.norm(vector) for vector in vectors]
+    mean = sum(w * v / length for w, v, length in zip(weights, vectors, lengths, strict=True)) / sum(weights)
+    return np.average(lengths, weights=weights) * mean / np.linalg.norm(mean)
+
+
+def karcher_mean(vectors: Sequence[np.ndarray], steps: int = 500) -> np.ndarray:
+    """Gradient descent on the summed squared angles, with full vectors."""
+    flat = np.array([vector.reshape(-1) for vector in vectors])
+    lengths = np.linalg.norm(flat, axis=1)
+    units = flat / lengths[:, None]
+    mean = units.mean(0) / np.linalg.norm(units.mean(0))
+    for _ in range(steps):
+        logs = []
+        for unit in units:
+            away = unit - (unit @ mean) * mean
+            angle = math.atan2(np.linalg.norm(away), unit @ mean)
+            logs.append(angle * away / max(np.linalg.norm(away), 1e-300))
+        step = 0.5 * np.mean(logs, axis=0)
+        size = np.linalg.norm(step)
+        if size < 1e-12:
+            break
+        mean = math.cos(size) * mean + math.sin(size) * step / size
+    return (lengths.mean() * mean).reshape(vectors[0].shape)
+
+
 def banded(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
     """Breadcrumbs: without the ⌊gamma·n⌋ largest magnitudes, the ⌊density·n⌋ (at least one) largest of the rest."""
     flat = delta.reshape(-1)
-    order = sorted(range(flat.size), key=lambda index: (-abs(flat[index]), index))[int(gamma * flat.size) :]
+    kept = by_magnitude(flat)[int(gamma * flat.size) :][: max(1, int(density * flat.size)) if density > 0 else 0]
     out = np.zeros_like(flat)
-    kept = order[: max(1, int(density * flat.size))] if density > 0 else []
     out[kept] = flat[kept]
     return out.reshape(delta.shape)
 
@@ -85,11 +112,12 @@ def banded(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
 def rank_probabilities(delta: np.ndarray, density: float, epsilon: float) -> np.ndarray:
     """DELLA: per row (last dimension), density − ε for the smallest magnitude to density + ε for the largest."""
     rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
-    out = np.full(rows.shape, density)
-    for row, values in enumerate(rows):
-        ascending = sorted(range(values.size), key=lambda index: (abs(values[index]), -index))
-        for rank, index in enumerate(ascending if values.size > 1 else []):
-            out[row, index] = density - epsilon + 2 * epsilon * rank / (values.size - 1)
+    if rows.shape[1] < 2:
+        return np.full(delta.shape, density)
+    places = np.argsort(-np.abs(rows), axis=1, kind="stable")
+    out = np.empty(rows.shape)
+    by_rank = density + epsilon - 2 * epsilon * np.arange(rows.shape[1]) / (rows.shape[1] - 1)
+    np.put_along_axis(out, places, np.broadcast_to(by_rank, rows.shape), axis=1)
     return out.reshape(delta.shape)
 
 
@@ -113,7 +141,7 @@ def sce_update(deltas: Sequence[np.ndarray], select_topk: float) -> np.ndarray:
     flat = np.array([delta.reshape(-1) for delta in deltas])
     variances = flat.var(axis=0)
     differing = int((variances > 0).sum())
-    order = sorted(range(variances.size), key=lambda index: (-variances[index], index))
+    order = by_magnitude(variances)
     if select_topk < 1:
         flat[:, order[max(1, int(select_topk * differing)) :] if differing else order] = 0
     weights = (flat**2).sum(axis=1)
@@ -133,6 +161,12 @@ def reinforced_update(deltas: Sequence[np.ndarray], epsilon: float, r: float = 0
         factor = 1 + r * min(shared / unique, alpha) if unique else 1
         out += np.where(mine, np.where(alone, factor * model, model / np.maximum(touched.sum(axis=0), 1)), 0)
     return out.reshape(deltas[0].shape)
+
+
+def fused(base: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Arcee Fusion: the model's elements whose importance is an outlier."""
+    importances = importance(base, model)
+    return np.where(importances >= outlier_threshold(importances), model, base)
 
 
 def importance(base: np.ndarray, model: np.ndarray) -> np.ndarray:

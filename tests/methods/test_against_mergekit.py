@@ -8,6 +8,7 @@ from float64_reference import (
     banded,
     draw_tensors,
     elected,
+    fused,
     importance,
     merge,
     outlier_threshold,
@@ -235,11 +236,6 @@ def test_in_bfloat16_selecting_methods_are_at_least_as_close_to_float64(name, va
     reference = theirs(name, base, models, dtype=torch.bfloat16, **values)
     error, their_error = (np.linalg.norm(wide(result) - expected) for result in (ours, reference.bfloat16()))
     assert error <= their_error * (1 + 1e-9)
-
-
-def fused(base: np.ndarray, model: np.ndarray) -> np.ndarray:
-    importances = importance(base, model)
-    return np.where(importances >= outlier_threshold(importances), model, base)
 
 
 @pytest.mark.parametrize("name", ["linear", "slerp", "task_arithmetic", "ties"])

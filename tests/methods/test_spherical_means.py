@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_close, draw_tensors, merge, same_bits, wide
+from float64_reference import assert_close, draw_tensors, karcher_mean, merge, same_bits, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods.api import merge_tensors
@@ -31,26 +31,6 @@ def tangent_step(vectors: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
     step = np.linalg.norm(tangent) + 1e-8
     merged = math.cos(step) * mean + math.sin(step) / step * tangent
     return (weights @ lengths * merged).reshape(vectors[0].shape)
-
-
-def karcher_mean(vectors: list[np.ndarray], steps: int = 500) -> np.ndarray:
-    """Gradient descent on the summed squared angles, with full vectors."""
-    flat = np.array([vector.reshape(-1) for vector in vectors])
-    lengths = np.linalg.norm(flat, axis=1)
-    units = flat / lengths[:, None]
-    mean = units.mean(0) / np.linalg.norm(units.mean(0))
-    for _ in range(steps):
-        logs = []
-        for unit in units:
-            away = unit - (unit @ mean) * mean
-            angle = math.atan2(np.linalg.norm(away), unit @ mean)
-            logs.append(angle * away / max(np.linalg.norm(away), 1e-300))
-        step = 0.5 * np.mean(logs, axis=0)
-        size = np.linalg.norm(step)
-        if size < 1e-12:
-            break
-        mean = math.cos(size) * mean + math.sin(size) * step / size
-    return (lengths.mean() * mean).reshape(vectors[0].shape)
 
 
 @given(SEEDS, st.sampled_from(SHAPES), WEIGHTS, st.booleans(), st.booleans())
