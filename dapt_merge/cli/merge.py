@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from dapt_merge.merging.report import MergeReport
     from dapt_merge.merging.verification import Verification
-    from dapt_merge.recipe import NamedRecipe, Recipe
+    from dapt_merge.recipe import NamedRecipe
 
 
 def merge(
@@ -74,8 +74,8 @@ def merge(
     gc.disable()  # all that is made while the libraries load stays: a search for garbage only takes time
     chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
-    if _checked_engine(engine, threads, len(chain)) == "mergekit":
-        _by_mergekit(chain[0].recipe, out, overwrite, as_json)
+    if _checked_engine(engine, threads) == "mergekit":
+        _by_mergekit(chain, out, overwrite, as_json)
         return
 
     from dapt_merge.merging.chain import merge_chain
@@ -112,7 +112,7 @@ def _read_ahead(arguments: list[str], base: str | None, dapt: list[str]) -> None
             prefetch.start_for(argument)
 
 
-def _checked_engine(engine: str, threads: int | None, recipes: int) -> str:
+def _checked_engine(engine: str, threads: int | None) -> str:
     from dapt_merge.errors import InputError, nearest
 
     if engine not in ("native", "mergekit"):
@@ -120,12 +120,6 @@ def _checked_engine(engine: str, threads: int | None, recipes: int) -> str:
             f"there is no engine '{engine}'.{nearest(engine, ['native', 'mergekit'])}",
             where="--engine",
             remedy="Use native or mergekit.",
-        )
-    if engine == "mergekit" and recipes > 1:
-        raise InputError(
-            f"the file holds {recipes} recipes; with --engine mergekit one is run at a time",
-            where="--engine",
-            remedy="Use --engine native, or give each recipe a file of its own.",
         )
     if engine == "mergekit" and threads is not None:
         raise InputError(
@@ -136,12 +130,12 @@ def _checked_engine(engine: str, threads: int | None, recipes: int) -> str:
     return engine
 
 
-def _by_mergekit(recipe: Recipe, out: Path, overwrite: bool, as_json: bool) -> None:
+def _by_mergekit(chain: list[NamedRecipe], out: Path, overwrite: bool, as_json: bool) -> None:
     from dapt_merge.cli.console import console, output, print_json
-    from dapt_merge.merging.mergekit_engine import merge_with_mergekit
+    from dapt_merge.merging.chain import merge_chain
 
     with console.status("merging with mergekit"):
-        report = merge_with_mergekit(recipe, out, overwrite=overwrite)
+        report = merge_chain(chain, out, engine="mergekit", overwrite=overwrite)
     if as_json:
         print_json(report.to_dict())
         return

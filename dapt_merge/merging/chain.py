@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dapt_merge.atomic import disk_errors_explained, refuse_existing
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.merging.mergekit_engine import merge_with_mergekit
 from dapt_merge.merging.plan import plan_merge
 from dapt_merge.merging.report import MergeReport
 from dapt_merge.merging.stream import merge_to_disk
@@ -25,6 +26,7 @@ def merge_chain(
     chain: Sequence[NamedRecipe],
     out: str | Path,
     *,
+    engine: Literal["native", "mergekit"] = "native",
     overwrite: bool = False,
     threads: int | None = None,
     on_warnings: Callable[[Iterable[str], str | None], None] = lambda warnings, name: None,
@@ -36,6 +38,7 @@ def merge_chain(
         chain: from `load_recipes`: each after those that it uses.
         out: the folder to create. Its `recipe.yaml` holds all recipes; its report is the last one's, with the other
             outputs among the inputs, by content, and how they were made.
+        engine: whose code merges: ours, or mergekit's (see `mergekit_engine`), which tells no progress.
         overwrite: replace an existing output, once the new one is complete.
         threads: see `merge_to_disk`.
         on_warnings: called with (warnings, recipe's name) before and after each merge.
@@ -50,21 +53,21 @@ def merge_chain(
     steps: Path | None = None
     try:
         for number, step in enumerate(chain):
-            plan = plan_merge(step.recipe, made)
-            on_warnings(plan.warnings, step.name)
             is_last = number == len(chain) - 1
             if not is_last and steps is None:
                 steps = _folder_beside(Path(out))
             target = Path(out) if is_last or steps is None else steps / f"{number}"
-            report = merge_to_disk(
-                plan,
-                target,
-                overwrite=overwrite and is_last,
-                threads=threads,
-                on_progress=on_progress,
-                recipe_text=_all_recipes(chain) if is_last and len(chain) > 1 else None,
-                steps=account,
-            )
+            kept: dict[str, Any] = {
+                "overwrite": overwrite and is_last,
+                "recipe_text": _all_recipes(chain) if is_last and len(chain) > 1 else None,
+                "steps": account,
+            }
+            if engine == "mergekit":
+                report = merge_with_mergekit(step.recipe, target, given=_folders(made), **kept)
+            else:
+                plan = plan_merge(step.recipe, made)
+                on_warnings(plan.warnings, step.name)
+                report = merge_to_disk(plan, target, threads=threads, on_progress=on_progress, **kept)
             on_warnings(report.warnings, step.name)
             if not is_last and step.name is not None:
                 made[step.name] = open_checkpoint(target, step.name)
@@ -73,6 +76,10 @@ def merge_chain(
     finally:
         if steps is not None:
             shutil.rmtree(steps, ignore_errors=True)
+
+
+def _folders(made: Mapping[str, Checkpoint]) -> dict[str, Path]:
+    return {name: checkpoint.folder for name, checkpoint in made.items() if checkpoint.folder is not None}
 
 
 def _folder_beside(out: Path) -> Path:

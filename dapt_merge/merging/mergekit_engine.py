@@ -9,8 +9,9 @@ mergekit is imported before a merge is asked for.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,29 @@ from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.report import MergeReport, versions, way_to_inputs, write_report
 from dapt_merge.merging.stream import RECIPE_FILE
 from dapt_merge.recipe import Recipe, recipe_fingerprint
+from dapt_merge.recipe.reading import relocated
 
 # Keys of ours that change the result and that mergekit does not know.
 _OURS = ("target", "freeze", "rounding", "allow_config_mismatch")
 
 
-def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = False) -> MergeReport:
+def merge_with_mergekit(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    given: Mapping[str, Path] | None = None,
+    recipe_text: str | None = None,
+    steps: Sequence[Mapping[str, Any]] = (),
+) -> MergeReport:
     """Let mergekit merge, and write its model, with recipe, report and card beside it, as `out`.
 
     Args:
         recipe: in mergekit's dialect alone; `seed` seeds its random methods.
         out: the folder to create.
         overwrite: replace an existing output, once the new one is complete.
+        given: reference → folder, for inputs that the recipe calls otherwise: the outputs of other recipes.
+        recipe_text, steps: see `merge_to_disk`.
 
     Raises:
         InputError: mergekit cannot express the recipe; an input is no full model in safetensors; `out` exists.
@@ -44,21 +56,27 @@ def merge_with_mergekit(recipe: Recipe, out: str | Path, *, overwrite: bool = Fa
     """
     refuse_existing(out, overwrite)
     started = time.monotonic()
-    content = mergekit_content(recipe)
-    opened = {reference: open_checkpoint(reference) for reference in recipe.references()}  # and no pickles
+    places = given or {}
+    content = mergekit_content(relocated(recipe, lambda reference: str(places.get(reference, reference))))
+    opened = {name: open_checkpoint(places.get(name, name), name) for name in recipe.references()}  # and no pickles
     for reference, checkpoint in opened.items():
         _refuse_input_as_output(checkpoint.folder, reference, Path(out))
     with atomic_folder(out, overwrite=overwrite) as folder:
         _run(content, folder, recipe.seed)
-        report = _report(recipe, opened, open_checkpoint(folder), Path(out), started)
-        (folder / RECIPE_FILE).write_text(report.recipe, encoding="utf-8")
+        report = _report(recipe, opened, open_checkpoint(folder), Path(out), started, steps)
+        (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, opened), encoding="utf-8")
     return report
 
 
 def _report(
-    recipe: Recipe, opened: Mapping[str, Checkpoint], result: Checkpoint, out: Path, started: float
+    recipe: Recipe,
+    opened: Mapping[str, Checkpoint],
+    result: Checkpoint,
+    out: Path,
+    started: float,
+    steps: Sequence[Mapping[str, Any]],
 ) -> MergeReport:
     inputs = {reference: checkpoint.fingerprint() for reference, checkpoint in opened.items()}
     return MergeReport(
@@ -79,6 +97,7 @@ def _report(
         versions=versions("mergekit"),
         engine="mergekit",
         working_folder=way_to_inputs(out),
+        steps=tuple(steps),
     )
 
 
@@ -102,7 +121,7 @@ def mergekit_content(recipe: Recipe) -> dict[str, Any]:
             where="--engine mergekit",
             remedy="Remove it from the recipe, or use --engine native.",
         )
-    if recipe.merge_method == "linear" and recipe.merge_base() is not None:
+    if recipe.merge_method == "linear" and any(part.base is not None for part in recipe.parts):
         raise InputError(
             "linear with a base_model outside the models is WiSE-FT here, and something else in mergekit",
             where="--engine mergekit",
@@ -128,11 +147,8 @@ def _refuse_unknown_parameters(recipe: Recipe) -> None:
             remedy="Choose one that it has, or use --engine native.",
         ) from error
     known = [parameter.name for parameter in spec.parameters] + ["int8_mask"]
-    blocks = [
-        recipe.parameters,
-        *(e.parameters for e in recipe.entries()),
-        *(s.parameters for s in recipe.slices or ()),
-    ]
+    blocks = [recipe.parameters, *(entry.parameters for entry in recipe.entries())]
+    blocks += [dict(block) for part in recipe.parts for block in part.between]
     for name in (name for block in blocks for name in block):
         if name not in known:
             raise InputError(
@@ -149,8 +165,11 @@ def _run(content: dict[str, Any], folder: Path, seed: int) -> None:
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    options = MergeOptions(quiet=True, write_model_card=False, random_seed=seed, trust_remote_code=False)
-    with _quiet_logging():
+    # mergekit writes every model with an adapter out as a whole one before it merges.
+    with _quiet_logging(), tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder.parent) as adapters:
+        options = MergeOptions(
+            quiet=True, write_model_card=False, random_seed=seed, trust_remote_code=False, lora_merge_cache=adapters
+        )
         try:
             run_merge(MergeConfiguration.model_validate(content), str(folder), options)
         except Exception as error:  # mergekit raises many kinds, for its users' faults and for its own

@@ -94,7 +94,8 @@ def verify_merge(
     inputs = _Inputs(out, report, located or {})
     stored = open_checkpoint(out)
     if report.get("engine") == "mergekit":
-        differing, files = _differences_from_mergekit(inputs, report, stored, out)
+        with _steps_made_again(inputs, report, out, threads, on_progress) as made:
+            differing, files = _differences_from_mergekit(inputs, report, stored, out, made)
     else:
         with _steps_made_again(inputs, report, out, threads, on_progress) as made:
             plan = settle_cutoffs(inputs.plan(report["recipe"], made))
@@ -208,10 +209,14 @@ def _steps_made_again(
     room = beside if os.access(beside, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.verify-", dir=room) as folder:
         for number, step in enumerate(report["steps"]):
-            plan = inputs.plan(step["recipe"], made)
-            merge_to_disk(plan, Path(folder) / f"{number}", threads=threads, on_progress=on_progress)
-            inputs.check(plan.checkpoints, step["inputs"])
-            made[step["name"]] = open_checkpoint(Path(folder) / f"{number}", step["name"])
+            place = Path(folder) / f"{number}"
+            if report.get("engine") == "mergekit":
+                _merged_by_mergekit(inputs, step["recipe"], step["inputs"], place, made)
+            else:
+                plan = inputs.plan(step["recipe"], made)
+                merge_to_disk(plan, place, threads=threads, on_progress=on_progress)
+                inputs.check(plan.checkpoints, step["inputs"])
+            made[step["name"]] = open_checkpoint(place, step["name"])
         yield made
 
 
@@ -240,21 +245,30 @@ def _differences(plan: MergePlan, stored: Checkpoint, threads: int | None, on_pr
 
 
 def _differences_from_mergekit(
-    inputs: _Inputs, report: Mapping[str, Any], stored: Checkpoint, out: Path
+    inputs: _Inputs, report: Mapping[str, Any], stored: Checkpoint, out: Path, made: Mapping[str, Checkpoint]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Let mergekit merge again, with the seed that it had, and compare."""
-    from dapt_merge.merging.mergekit_engine import merge_with_mergekit
-
-    recipe = inputs.recipe(report["recipe"])
-    inputs.check({reference: open_checkpoint(reference) for reference in recipe.references()}, report["inputs"])
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.verify-", dir=out.resolve().parent) as folder:
-        merge_with_mergekit(recipe, Path(folder) / "again")
+        _merged_by_mergekit(inputs, report["recipe"], report["inputs"], Path(folder) / "again", made)
         again = open_checkpoint(Path(folder) / "again")
         names = again.tensors.keys()
         found = {name: _difference(again.read(name), name, stored) for name in names}
         differing = {name: fault for name, fault in found.items() if fault is not None}
         differing |= {name: "not part of the merge" for name in stored.tensors if name not in names}
         return differing, _differing_files(out, Path(folder) / "again")
+
+
+def _merged_by_mergekit(
+    inputs: _Inputs, text: str, recorded: Mapping[str, str], place: Path, made: Mapping[str, Checkpoint]
+) -> None:
+    """Check a recipe's inputs and let mergekit merge them into a folder."""
+    from dapt_merge.merging.mergekit_engine import merge_with_mergekit
+
+    recipe = inputs.recipe(text)
+    opened = {reference: made.get(reference) or open_checkpoint(reference) for reference in recipe.references()}
+    inputs.check(opened, recorded)
+    folders = {name: checkpoint.folder for name, checkpoint in made.items() if checkpoint.folder is not None}
+    merge_with_mergekit(recipe, place, given=folders)
 
 
 def _differing_files(out: Path, expected: Path) -> dict[str, str]:

@@ -189,12 +189,13 @@ def test_each_misuse_is_told_and_writes_nothing(models, tmp_path, arguments, wha
 
 def test_mergekit_can_be_the_engine_and_its_failures_are_told(models, tmp_path, monkeypatch):
     called = {}
-    monkeypatch.setattr(
-        "dapt_merge.merging.mergekit_engine.merge_with_mergekit",
-        lambda recipe, out, overwrite: called.update(method=recipe.merge_method, out=str(out), overwrite=overwrite),
-    )
+
+    def merge_nothing(chain, out, engine, overwrite):
+        called.update(method=chain[0].recipe.merge_method, out=str(out), engine=engine, overwrite=overwrite)
+
+    monkeypatch.setattr("dapt_merge.merging.chain.merge_chain", merge_nothing)
     assert run(recipe_file(tmp_path), "--engine", "mergekit", "--overwrite", "-o", "theirs").exit_code == 0
-    assert called == {"method": "linear", "out": "theirs", "overwrite": True}
+    assert called == {"method": "linear", "out": "theirs", "engine": "mergekit", "overwrite": True}
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     file = recipe_file(tmp_path, merge_method="slerp", models=[{"model": "dapt"}], parameters={"t": 0.3})
