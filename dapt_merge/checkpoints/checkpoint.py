@@ -89,6 +89,8 @@ class Checkpoint:
         self.num_layers = _num_layers(self.config, self.tensors)
         self._layers = _layers_by_stack(self.tensors)
         self.remarks = tuple(remarks)
+        # The tensors that are computed from files whenever they are read; see `keeping`.
+        self.computed: frozenset[str] = frozenset()
         # Set where embeddings were aligned: equal keys mean equal tokens in equal rows, whatever the files say.
         self.vocabulary_key: str | None = None
         # There too: own token id → its id now (None: the token is dropped), for those that changed.
@@ -124,6 +126,12 @@ class Checkpoint:
         """Return the same tensors with another configuration."""
         changed = copy.copy(self)
         changed.config = config
+        return changed
+
+    def with_reader(self, reader: Callable[[str], Tensor]) -> Checkpoint:
+        """Return the same tensors, read in another way."""
+        changed = copy.copy(self)
+        changed._reader = reader
         return changed
 
     def digest(self, name: str) -> bytes:

@@ -60,6 +60,7 @@ class AlignedCheckpoint(Checkpoint):
         )
         self.vocabulary_key = key
         self.moved_ids = alignment.moved_ids[label]
+        self.computed = own.computed - self._axes.keys()
         self._tables: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 

@@ -71,6 +71,8 @@ class AveragedCheckpoint(Checkpoint):
             _refuse_other_tensors(member, last)
         infos = [_averaged(info) for info in last.tensors.values()]
         super().__init__(label, self._mean, infos, folder=last.folder, config=last.config, aliases=last.aliases)
+        from_files = all(info.file is not None for member, _ in self._members for info in member.tensors.values())
+        self.computed = frozenset(self.tensors) if from_files else frozenset()
 
     def digest(self, name: str) -> bytes:
         """Return the hash of what the mean of a tensor is computed from: shares and contents, in order."""

@@ -75,7 +75,7 @@ class UntiedCheckpoint(Checkpoint):
             aliases={name: owner for name, owner in own.aliases.items() if name != head},
             remarks=(*own.remarks, remark),
         )
-        self.vocabulary_key, self.moved_ids = own.vocabulary_key, own.moved_ids
+        self.vocabulary_key, self.moved_ids, self.computed = own.vocabulary_key, own.moved_ids, own.computed
 
     def digest(self, name: str) -> bytes:
         """Return the hash of the tensor's bytes."""

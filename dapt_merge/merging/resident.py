@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.checkpoints.keeping import keep_computed
 from dapt_merge.checkpoints.live_names import copied_names, stored_state
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.threads import map_in_threads
@@ -53,7 +54,7 @@ class ResidentMerger:
     """
 
     def __init__(self, model: PreTrainedModel | torch.nn.Module, checkpoints: Mapping[str, Checkpoint]) -> None:
-        self.checkpoints = with_own_heads(checkpoints)
+        self.checkpoints = keep_computed(with_own_heads(checkpoints))
         self._agreement = agree(list(self.checkpoints.values()))
         self._live = _live_tensors(model, self._agreement.names)
         self._fingerprints: dict[str, str] = {}
@@ -203,14 +204,14 @@ def _refuse_one_memory_for_two(live: Mapping[str, Tensor]) -> None:
 
 def _refuse_shared_memory(checkpoint: Checkpoint, live: Mapping[str, Tensor]) -> None:
     for name, tensor in live.items():
-        stored = checkpoint.read(name)
-        if stored.shape != tensor.shape:
+        info = checkpoint.tensors[checkpoint.aliases.get(name, name)]
+        if info.shape != tuple(tensor.shape):
             raise InputError(
-                f"'{name}' is {tuple(stored.shape)} in {checkpoint.label} and {tuple(tensor.shape)} in the live model",
+                f"'{name}' is {info.shape} in {checkpoint.label} and {tuple(tensor.shape)} in the live model",
                 where="the live model",
                 remedy="Build the model from the configuration of the checkpoints.",
             )
-        if stored.numel() and stored.data_ptr() == tensor.data_ptr():
+        if info.file is None and info.elements and checkpoint.read(name).data_ptr() == tensor.data_ptr():
             raise InputError(
                 "the live model is itself an input: rewriting it would change what is merged",
                 where=checkpoint.label,

@@ -284,3 +284,52 @@ def test_a_changed_head_of_a_tied_model_is_tied_no_longer(tmp_path):
     assert lazy.plan.config_from.config["tie_word_embeddings"] is False
     expected = (weights["model.embed_tokens.weight"] + checkpoint.read("lm_head.weight")) / 2
     torch.testing.assert_close(lazy["lm_head.weight"], expected)
+
+
+# --- how often it is computed -----------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    """Return a list that grows by the shape of each matrix that an adapter is applied to."""
+    from dapt_merge.checkpoints import adapters
+
+    calls, original = [], adapters.adapted_weight
+
+    def adapted_weight(weight, *arguments, **settings):
+        calls.append(tuple(weight.shape))
+        return original(weight, *arguments, **settings)
+
+    monkeypatch.setattr(adapters, "adapted_weight", adapted_weight)
+    return calls
+
+
+def test_a_merge_to_disk_computes_each_adapted_tensor_once(plain, tmp_path, monkeypatch):
+    base, adapter, _ = plain
+    calls = counted(monkeypatch)
+    report = merge(base, f"{base}+{adapter}", "task_arithmetic", weight=0.5).save(tmp_path / "out")
+    assert len(calls) == 6  # two matrices in each of three layers
+    assert report.inputs[f"{base}+{adapter}"] == open_checkpoint(f"{base}+{adapter}").fingerprint()
+
+
+@pytest.mark.parametrize(("budget_bytes", "computed"), [(None, 6), (2 * (4096 + 2048), 4 + 3 * 2), (0, 18)])
+def test_a_live_model_keeps_adapted_tensors_within_a_budget(plain, monkeypatch, budget_bytes, computed):
+    from dapt_merge import ResidentMerger, make_recipe
+    from dapt_merge.checkpoints import keeping
+    from dapt_merge.merging.live import model_from_config
+
+    base, adapter, _ = plain
+    whole = keeping.keep_computed
+    monkeypatch.setattr("dapt_merge.merging.resident.keep_computed", lambda c: whole(c, budget_bytes))
+    monkeypatch.setattr(keeping, "free_memory_bytes", lambda: 10**9)
+    checkpoints = {"base": open_checkpoint(base), "lora": open_checkpoint(f"{base}+{adapter}")}
+    sizes = [checkpoints["lora"].tensors[f"model.layers.0.self_attn.{n}_proj.weight"].nbytes for n in "qv"]
+    assert sizes == [4096, 2048]
+    model = model_from_config(checkpoints["base"], torch.float32)
+    merger = ResidentMerger(model, checkpoints)
+    calls = counted(monkeypatch)
+    for weight in (0.25, 0.5, 0.75):
+        merger.apply(make_recipe("base", ["lora"], "linear", weight=weight))
+    assert len(calls) == computed
+    expected = merge(base, f"{base}+{adapter}", "linear", weight=0.75)
+    held = open_checkpoint(model)
+    assert all(torch.equal(held.read(name), expected[name]) for name in expected)
