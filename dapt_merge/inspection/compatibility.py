@@ -12,7 +12,7 @@ from typing import Any
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.tying import with_own_heads
-from dapt_merge.checkpoints.vocabulary import check_same_vocabulary
+from dapt_merge.checkpoints.vocabulary import VocabularyComparison, check_same_vocabulary, compare_vocabularies
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import agree
 
@@ -35,6 +35,7 @@ class Compatibility:
 
     Attributes:
         vocabulary: None when no difference is known; else a sentence.
+        tokens: the two vocabularies token by token; None where one of the two has no tokenizer, or a garbled one.
         config: the settings that both state and that differ.
         stated_once: settings that only one of them states (its transformers version may write more of the defaults).
         only_in_base, only_in_model: names of tensors.
@@ -44,6 +45,7 @@ class Compatibility:
     """
 
     vocabulary: str | None
+    tokens: VocabularyComparison | None
     config: tuple[ConfigDifference, ...]
     stated_once: tuple[str, ...]
     only_in_base: tuple[str, ...]
@@ -64,6 +66,7 @@ def compare_declarations(base: Checkpoint, model: Checkpoint) -> Compatibility:
     ours, theirs = dict(_settings(base.config)), dict(_settings(model.config))
     return Compatibility(
         vocabulary=_vocabulary(base, model),
+        tokens=_tokens(base, model),
         config=tuple(
             ConfigDifference(key, ours[key], theirs[key]) for key in ours if key in theirs and ours[key] != theirs[key]
         ),
@@ -89,6 +92,13 @@ def _merge_refused(base: Checkpoint, model: Checkpoint) -> tuple[str | None, tup
         return None, agree(list(with_own_heads({"base": base, "model": model}).values())).warnings
     except InputError as error:
         return error.what, ()
+
+
+def _tokens(base: Checkpoint, model: Checkpoint) -> VocabularyComparison | None:
+    try:
+        return compare_vocabularies(base, model)
+    except InputError:
+        return None  # said by `vocabulary`
 
 
 def _vocabulary(base: Checkpoint, model: Checkpoint) -> str | None:

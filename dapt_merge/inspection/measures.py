@@ -1,8 +1,8 @@
 """What lies between a base's tensor and a DAPT checkpoint's, as sums that add up over tensors.
 
-The idea: one pass in cache-sized pieces gives counts and sums of squares; shares, norms, cosines and errors of a
-tensor, a layer or a whole model are ratios of such sums, so groups need no second pass. What this module does not know:
-files, names, layers; the spectrum of a matrix is in `rank`.
+The idea: one pass gives counts and sums of squares; shares, norms, cosines and errors of a tensor, a layer or a whole
+model are ratios of such sums, so groups need no second pass. The pass itself is in `loops`. What this module does not
+know: files, names, layers; the spectrum of a matrix is in `rank`.
 """
 
 from __future__ import annotations
@@ -145,11 +145,16 @@ def measure_difference(
         >>> found.changed, found.relative_norm
         (1, 0.1)
     """
-    total = _nothing(len(weights))
-    for piece in Operands(base, (model,), context).pieces():
-        assert piece.base is not None
-        total += _measure_piece(piece.base, piece.models[0], weights)
-    return total
+    from dapt_merge.inspection import loops
+
+    changed = 0
+    sums, scales = np.zeros(4), np.array(weights, np.float32)
+    counts, squares = np.zeros((len(weights), 2), np.int64), np.zeros((len(weights), 2))
+    for _, start, (end,) in Operands(base, (model,), context).pieces():
+        assert start is not None
+        changed += loops.measure(start.numpy(), end.numpy(), scales, sums, counts, squares)
+    rounding = (UpdateRounding(*map(int, c), *map(float, s)) for c, s in zip(counts, squares, strict=True))
+    return Difference(base.numel(), changed, *map(float, sums), tuple(rounding))
 
 
 @torch.no_grad()
@@ -161,54 +166,18 @@ def measure_sign_agreement(base: Tensor, models: Sequence[Tensor], context: Tens
         >>> measure_sign_agreement(torch.zeros(3), models, TensorContext("w"))
         SignAgreement(shared=2, agreeing=1)
     """
+    from dapt_merge.inspection import loops
+
     total = SignAgreement()
     for _, start, ends in Operands(base, tuple(models), context).pieces():
         assert start is not None
-        signs = torch.stack([torch.sign(end - start) for end in ends])
-        movers = signs.abs().sum(0)
-        shared = movers >= 2
-        together = signs.sum(0).abs_() == movers
-        total += SignAgreement(_count(shared), _count(shared & together))
+        up, down = np.zeros(start.numel(), np.int16), np.zeros(start.numel(), np.int16)
+        for end in ends:
+            loops.count_moves(start.numpy(), end.numpy(), up, down)
+        total += SignAgreement(*loops.count_agreement(up, down))
     return total
 
 
 def no_difference(weights: Sequence[float] = WEIGHTS) -> Difference:
     """Return the sums over no elements: where adding up starts."""
-    return _nothing(len(weights))
-
-
-def _nothing(weights: int) -> Difference:
-    return Difference(0, 0, 0.0, 0.0, 0.0, 0.0, (UpdateRounding(),) * weights)
-
-
-def _measure_piece(base: Tensor, model: Tensor, weights: Sequence[float]) -> Difference:
-    delta = model - base
-    # float64 for the two ends: the cosine of a small angle is 1 minus what float32 rounds away.
-    wide_base, wide_model = base.double(), model.double()
-    start = base.bfloat16().float()
-    return Difference(
-        elements=base.numel(),
-        changed=_count(delta),
-        base_squares=torch.dot(wide_base, wide_base).item(),
-        model_squares=torch.dot(wide_model, wide_model).item(),
-        products=torch.dot(wide_base, wide_model).item(),
-        delta_squares=_squares(delta),
-        rounding=tuple(_round_update(base, start, delta, weight) for weight in weights),
-    )
-
-
-def _round_update(base: Tensor, start: Tensor, delta: Tensor, weight: float) -> UpdateRounding:
-    update = delta * weight
-    exact = base + update
-    applied = exact.bfloat16().float().sub_(start)
-    updated = _count(exact.sub_(base))
-    # Rounding is monotonic, so an element that float32 did not move is not moved by rounding either.
-    return UpdateRounding(updated, updated - _count(applied), _squares(applied.sub_(update)), _squares(update))
-
-
-def _count(values: Tensor) -> int:
-    return int(np.count_nonzero(values.numpy()))  # several times faster than torch's on one core
-
-
-def _squares(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2)
+    return Difference(0, 0, 0.0, 0.0, 0.0, 0.0, (UpdateRounding(),) * len(weights))
