@@ -39,7 +39,7 @@ def statistics(
             remedy=f"Name it {out.stem}.safetensors.",
         )
 
-    from dapt_merge.pretraining.config import CorpusSource
+    from dapt_merge.corpus.config import CorpusSource
     from dapt_merge.statistics.collecting import collect_statistics
     from dapt_merge.statistics.files import write_statistics
 

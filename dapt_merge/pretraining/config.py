@@ -13,30 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dapt_merge.corpus.config import CorpusConfig, CorpusDocuments, corpus_fields_at, locate_inputs, refuse_inert_roles
 from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
 
-Role = Literal["domain", "replay"]
 Precision = Literal["bf16-master", "fp32", "bf16-autocast", "bf16", "auto"]
-
-
-class CorpusSource(BaseModel):
-    """One part of the corpus: a `.jsonl` or `.txt` file, or a folder of such files.
-
-    `text_field` names the field of a JSON line that holds the text; `document` says what one document of a plain-text
-    file is: the whole file, a paragraph (blocks between blank lines) or a line.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Path
-    role: Role = "domain"
-    text_field: str = Field("text", min_length=1)
-    document: Literal["file", "paragraph", "line"] = "file"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
 
 
 class AdapterConfig(BaseModel):
@@ -130,12 +110,13 @@ class CheckpointGrid(BaseModel):
 class PretrainConfig(BaseModel):
     """A DAPT run.
 
-    The budget is either `tokens` (of domain and replay together) or `epochs` (passes over the domain corpus); it is
-    rounded up to whole optimizer steps of `batch_tokens`, which all processes share. `micro_batch_tokens` is what one
-    device takes at a time. `replay_share` is the share of the tokens that comes from the sources with the role
-    `replay`. `warmup_share` and `decay_share` are shares of the steps; `checkpoints` is their number, evenly spaced,
-    or a grid of tokens; the last one is at the end. `weight_decay` pulls the weights to zero or, with `decay_towards:
-    base`, to the base's (L2-SP, arXiv 1802.01483, decoupled from the gradient as in AdamW).
+    `corpus` is a list of sources, or sources with the steps that clean, deduplicate and decontaminate them (see
+    `dapt_merge.corpus`). The budget is either `tokens` (of domain and replay together) or `epochs` (passes over the
+    domain corpus); it is rounded up to whole optimizer steps of `batch_tokens`, which all processes share.
+    `micro_batch_tokens` is what one device takes at a time. `replay_share` is the share of the tokens that comes from
+    the sources with the role `replay`. `warmup_share` and `decay_share` are shares of the steps; `checkpoints` is their
+    number, evenly spaced, or a grid of tokens; the last one is at the end. `weight_decay` pulls the weights to zero or,
+    with `decay_towards: base`, to the base's (L2-SP, arXiv 1802.01483, decoupled from the gradient as in AdamW).
 
     Example:
         >>> config = PretrainConfig(base="base", corpus=["notes.jsonl"], output="run", tokens=80_000)
@@ -146,7 +127,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: str = Field(min_length=1)
-    corpus: tuple[CorpusSource, ...] = Field(min_length=1)
+    corpus: CorpusDocuments
     output: Path | None = None
     replay_share: float = Field(0.0, ge=0, lt=1)
     sequence_length: int = Field(2048, ge=8)
@@ -185,11 +166,17 @@ class PretrainConfig(BaseModel):
         """Sequences in one optimizer step, over all processes."""
         return self.batch_tokens // self.sequence_length
 
+    def corpus_config(self) -> CorpusConfig:
+        """Return the corpus that the run reads, as `dapt-merge corpus build` knows it."""
+        shared = ("replay_share", "sequence_length", "attention", "tokens", "epochs", "seed", "cache_folder")
+        documents = {name: getattr(self.corpus, name) for name in CorpusDocuments.model_fields}
+        return CorpusConfig(**documents, **{name: getattr(self, name) for name in shared})
+
     @model_validator(mode="after")
     def _nothing_inert(self) -> PretrainConfig:
         if (self.tokens is None) == (self.epochs is None):
             raise ValueError("give the budget once: either 'tokens' or 'epochs'")
-        self._check_corpus()
+        refuse_inert_roles({source.role for source in self.corpus.sources}, self.replay_share)
         self._check_batches()
         self._check_schedule()
         self._check_optimizer()
@@ -197,15 +184,6 @@ class PretrainConfig(BaseModel):
             if getattr(self, key) is not None and not self.heldout:
                 raise ValueError(f"'{key}' has no effect without 'heldout' texts")
         return self
-
-    def _check_corpus(self) -> None:
-        roles = {source.role for source in self.corpus}
-        if "domain" not in roles:
-            raise ValueError("the corpus has no source with the role 'domain'")
-        if "replay" in roles and self.replay_share == 0:
-            raise ValueError("there are replay sources, but 'replay_share' is 0, so they would never be read")
-        if "replay" not in roles and self.replay_share > 0:
-            raise ValueError("'replay_share' is above 0, but no source has the role 'replay'")
 
     def _check_batches(self) -> None:
         length = self.sequence_length
@@ -294,19 +272,22 @@ def _locate_inputs(content: dict[str, Any], folder: Path) -> None:
 
     if "base" in content:
         content["base"] = found(content["base"])
-    for key in ("corpus", "heldout"):
-        sources = content.get(key)
-        if isinstance(sources, list):
-            content[key] = [
-                {k: found(v) if k in ("path", "suite") else v for k, v in source.items()}
-                if isinstance(source, dict)
-                else found(source)
-                for source in sources
-            ]
+    corpus = content.get("corpus")
+    if isinstance(corpus, list):
+        corpus = content["corpus"] = {"sources": corpus}
+    if isinstance(corpus, dict):
+        locate_inputs(corpus, folder)
+    heldout = content.get("heldout")
+    if isinstance(heldout, list):
+        content["heldout"] = [
+            {key: found(value) if key in ("path", "suite") else value for key, value in entry.items()}
+            if isinstance(entry, dict)
+            else found(entry)
+            for entry in heldout
+        ]
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "corpus": CorpusSource,
     "adapter": AdapterConfig,
     "heldout": HeldOut,
     "early_stop": EarlyStop,
@@ -315,5 +296,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    if location and location[0] == "corpus":
+        return corpus_fields_at(location[1:], CorpusDocuments)
     section = _SECTIONS.get(str(location[0])) if location else None
     return list((section or PretrainConfig).model_fields)

@@ -37,7 +37,7 @@ class DaptTrainer(Trainer):
         """Make the accelerator, and let it shard on CPUs too, which accelerate does on accelerators alone."""
         super().create_accelerator_and_postprocess()
         asked = self.args.fsdp_plugin_args
-        if asked is None or self.is_fsdp_enabled:
+        if asked is None or self.is_fsdp_enabled:  # type: ignore[has-type]
             return
         plugin = FullyShardedDataParallelPlugin(**asked)
         if self.accelerator.mixed_precision != "no":

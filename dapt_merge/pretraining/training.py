@@ -23,8 +23,8 @@ from dapt_merge.pretraining.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from dapt_merge.checkpoints import Checkpoint
+    from dapt_merge.corpus import BuiltCorpus
     from dapt_merge.evaluation.suites import Suite
-    from dapt_merge.pretraining.packing import MixReport, PackedBlocks
     from dapt_merge.pretraining.recorder import RunRecorder, Timetable
     from dapt_merge.pretraining.trainer import DaptTrainer
 
@@ -107,14 +107,14 @@ def _open_run(config: PretrainConfig, note: Callable[[str], None]) -> tuple[RunF
 
 
 def _identity(config: PretrainConfig, inputs: _Inputs) -> dict[str, Any]:
-    from dapt_merge.pretraining.corpus import content_fingerprint, tokenizer_fingerprint
+    from dapt_merge.corpus import corpus_fingerprint
 
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NOT_IDENTITY}
     return {
         **settings,
         "base": inputs.base.fingerprint(),
-        "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
-        "corpus": [f"{source.role} {content_fingerprint(source)}" for source in config.corpus],
+        # The tokenizer is part of it, and so is the number of rows, which whole steps round up.
+        "corpus": corpus_fingerprint(config.corpus_config(), inputs.tokenizer, rows_multiple=config.batch_sequences),
         "precision": inputs.precision,
     }
 
@@ -160,12 +160,13 @@ def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hook
 
     suites = _heldout_suites(config, run)
     with main_first():
-        blocks, mix = _pack(config, inputs, hooks.note)
-    timetable = _timetable(config, mix.steps)
+        corpus = _build(config, inputs, hooks)
+    steps = len(corpus) // config.batch_sequences
+    timetable = _timetable(config, steps)
     resume = agreed(run.resume_point() if is_main() else None)
     content = {
         "config": config.model_dump(mode="json"),
-        "data": mix.to_dict(),
+        "data": {"corpus": corpus.fingerprint, **{k: corpus.manifest[k] for k in ("sources", "tokens", "packing")}},
         "checkpoint_steps": list(timetable.checkpoints),
         "processes": {"count": process_count(), "sharding": "fsdp2" if _is_sharded(config) else "none"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -174,10 +175,10 @@ def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hook
         run.go_back_to(resume or 0)
         run.write_record(**content, complete=False)
     if resume:
-        hooks.note(f"going on from step {resume} of {mix.steps}")
+        hooks.note(f"going on from step {resume} of {steps}")
     stopped = agreed(_stopped_at(config, run, timetable, resume) if is_main() else None)
     if stopped is None:
-        stopped = _fit(config, run, inputs, blocks, suites, timetable, resume, hooks)
+        stopped = _fit(config, run, inputs, corpus, suites, timetable, resume, hooks)
     if stopped is not None:
         hooks.note(f"stopped early: {stopped}")
         content |= {"stopped_early": stopped, "checkpoint_steps": list(run.checkpoints())}
@@ -211,49 +212,15 @@ def _stopped_at(config: PretrainConfig, run: RunFolder, timetable: Timetable, re
     return stop_reason(config.early_stop, measured, timetable.warmup_tokens)
 
 
-def _pack(config: PretrainConfig, inputs: _Inputs, note: Callable[[str], None]) -> tuple[PackedBlocks, MixReport]:
-    """Tokenise the corpus and lay out the blocks of the whole run."""
-    from dapt_merge.pretraining.corpus import tokenise
-    from dapt_merge.pretraining.packing import DocumentStream, PackedBlocks, plan_steps, report_mix
+def _build(config: PretrainConfig, inputs: _Inputs, hooks: _Hooks) -> BuiltCorpus:
+    """Build the corpus, or open it from the cache, and hold it against the model."""
+    from dapt_merge.corpus import build_corpus
 
-    corpora = [(s.role, tokenise(s, inputs.tokenizer, config.cache_folder)) for s in config.corpus]
-    domain = [corpus for role, corpus in corpora if role == "domain"]
-    replay = [corpus for role, corpus in corpora if role == "replay"]
-    steps = plan_steps(
-        tokens=config.tokens,
-        epochs=config.epochs,
-        domain_tokens=sum(corpus.tokens for corpus in domain),
-        replay_share=config.replay_share,
-        tokens_per_step=config.batch_tokens,
+    corpus = build_corpus(
+        config.corpus_config(), inputs.tokenizer, rows_multiple=config.batch_sequences, on_note=hooks.note
     )
-    shape = {"replay_share": config.replay_share, "sequence_length": config.sequence_length}
-    mix = report_mix(domain, replay, steps=steps, batch_sequences=config.batch_sequences, **shape)  # type: ignore[arg-type]
-    for line in _notes_on(mix):
-        note(line)
-    highest = max(corpus.highest_id for _, corpus in corpora)
-    _refuse_mismatch(config, inputs.base, highest)
-    blocks = PackedBlocks(
-        DocumentStream(domain, "domain", config.seed),
-        DocumentStream(replay, "replay", config.seed) if replay else None,
-        count=steps * config.batch_sequences,
-        keep_documents_apart=config.attention == "document",
-        **shape,  # type: ignore[arg-type]
-    )
-    return blocks, mix
-
-
-def _notes_on(mix: MixReport) -> list[str]:
-    notes = [
-        f"{mix.steps:,} steps, {mix.tokens:,} tokens: {mix.domain_tokens:,} domain ({mix.domain_epochs:.2f} epochs), "
-        f"{mix.replay_tokens:,} replay ({mix.replay_epochs:.2f} epochs)"
-    ]
-    if mix.domain_tokens_never_read:
-        notes.append(f"the budget leaves {mix.domain_tokens_never_read:,} domain tokens unread")
-    if mix.empty_documents_skipped:
-        notes.append(f"{mix.empty_documents_skipped:,} documents without text were skipped")
-    if mix.domain_epochs > 4:
-        notes.append("the domain corpus is read more than four times; expect little from further epochs")
-    return notes
+    _refuse_mismatch(config, inputs.base, corpus.highest_id)
+    return corpus
 
 
 def _refuse_mismatch(config: PretrainConfig, base: Checkpoint, highest_id: int) -> None:
@@ -318,7 +285,7 @@ def _fit(
     config: PretrainConfig,
     run: RunFolder,
     inputs: _Inputs,
-    blocks: PackedBlocks,
+    corpus: BuiltCorpus,
     suites: list[Suite],
     timetable: Timetable,
     resume: int | None,
@@ -334,7 +301,7 @@ def _fit(
     if suites:
         shape = {"sequence_length": config.sequence_length, "documents": config.heldout_documents}
         monitor = HeldOutMonitor(suites, whole, inputs.tokenizer, **shape)  # type: ignore[arg-type]
-    trainer = _trainer(config, model, inputs.precision, blocks, timetable.steps, run.path)
+    trainer = _trainer(config, model, inputs.precision, corpus, timetable.steps, run.path)
     details = {
         "base_fingerprint": run.identity["base"],
         "precision": inputs.precision,
@@ -347,7 +314,7 @@ def _fit(
         timetable,
         base=inputs.base,
         tokenizer=inputs.tokenizer,
-        tokens_by_role=lambda steps: blocks.tokens_by_role(steps * config.batch_sequences),
+        tokens_by_role=lambda steps: corpus.tokens_by_role(steps * config.batch_sequences),
         monitor=monitor,
         details=details,
         deadline=hooks.deadline,
@@ -406,7 +373,7 @@ def _model_to_train(
 
 
 def _trainer(
-    config: PretrainConfig, model: Any, precision: str, blocks: PackedBlocks, steps: int, folder: Path
+    config: PretrainConfig, model: Any, precision: str, corpus: BuiltCorpus, steps: int, folder: Path
 ) -> DaptTrainer:
     import torch
 
@@ -425,7 +392,7 @@ def _trainer(
     return DaptTrainer(
         model=model,
         args=arguments,
-        train_dataset=blocks,
+        train_dataset=corpus.train,
         optimizer_cls_and_kwargs=own_optimizer(config, precision, masters),
     )
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.corpus.config import CorpusSource
+from dapt_merge.corpus.reading import bytes_of, content_fingerprint, read_source
+from dapt_merge.corpus.tokens import encoded_documents
 from dapt_merge.errors import DaptMergeError, InputError, nearest
-from dapt_merge.pretraining.config import CorpusSource
-from dapt_merge.pretraining.corpus import content_fingerprint, corpus_files, read_documents
 from dapt_merge.statistics.files import KINDS, read_unfinished, write_unfinished
 
 DEFAULT_SEQUENCE_LENGTH = 1024
@@ -85,7 +86,7 @@ def collect_statistics(
     if kind not in KINDS:
         raise InputError(f"there is no kind '{kind}'.{nearest(kind, list(KINDS))}", remedy=f"Use {' or '.join(KINDS)}.")
     source = corpus if isinstance(corpus, CorpusSource) else CorpusSource.model_validate(corpus)
-    corpus_files(source)  # a wrong path is told before the model is loaded
+    bytes_of(source)  # a wrong path is told before the model is loaded
     stored = open_checkpoint(model)
     tokenizer, live = load_tokenizer(model), load_causal_lm(model, dtype="float32", device=device)
     names = {live_name: name for live_name, name in _names(live).items() if name in stored.tensors}
@@ -157,21 +158,14 @@ def read_sequences(source: CorpusSource, tokenizer: Any, tokens: int, sequence_l
     At most `tokens` tokens come; parts of a single token, which predict nothing, are left out.
     """
     left = tokens
-    for file in corpus_files(source):
-        for text in read_documents(file, source.text_field, source.document):
-            if not text.strip():
-                continue
-            # Split special tokens: what is spelled like one in a text is text.
-            ids = list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
-            if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-                ids.append(tokenizer.eos_token_id)
-            for start in range(0, len(ids), sequence_length):
-                part = ids[start : start + min(sequence_length, left)]
-                if len(part) > 1:
-                    left -= len(part)
-                    yield part
-                if left < 2:
-                    return
+    for ids in encoded_documents((document.text for document in read_source(source)), tokenizer):
+        for start in range(0, len(ids), sequence_length):
+            part = ids[start : start + min(sequence_length, left)]
+            if len(part) > 1:
+                left -= len(part)
+                yield part
+            if left < 2:
+                return
 
 
 class _FisherSum:

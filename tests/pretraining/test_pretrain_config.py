@@ -23,7 +23,7 @@ def refusal(*overrides: str, **content: Any) -> str:
 
 def test_the_smallest_description_is_a_base_a_corpus_and_a_budget() -> None:
     config = load_pretrain_config(MINIMAL)
-    assert config.corpus[0].role == "domain"
+    assert config.corpus.sources[0].role == "domain"
     assert config.precision == "bf16-master"
 
 
@@ -65,9 +65,9 @@ def test_overrides_reach_everywhere() -> None:
     overrides = ["learning_rate=2e-4", "corpus.0=b.jsonl", "schedule=wsd", "decay_share=0.3"]
     config = load_pretrain_config(MINIMAL, overrides)
     assert (config.learning_rate, config.schedule, config.decay_share) == (2e-4, "wsd", 0.3)
-    assert str(config.corpus[0].path) == "b.jsonl"
+    assert str(config.corpus.sources[0].path) == "b.jsonl"
     sources = {**MINIMAL, "corpus": [{"path": "a.jsonl"}]}
-    assert load_pretrain_config(sources, ["corpus.0.text_field=note"]).corpus[0].text_field == "note"
+    assert load_pretrain_config(sources, ["corpus.0.text_field=note"]).corpus.sources[0].text_field == "note"
 
 
 def test_an_override_of_something_that_is_not_there_is_refused() -> None:
@@ -82,7 +82,7 @@ def test_inputs_are_found_beside_the_description(tmp_path: Path, monkeypatch: py
     file.write_text("base: model\ncorpus: [notes.jsonl]\nepochs: 1\n", encoding="utf-8")
     config = load_pretrain_config(file)
     assert config.base == str(tmp_path / "model")
-    assert config.corpus[0].path == tmp_path / "notes.jsonl"
+    assert config.corpus.sources[0].path == tmp_path / "notes.jsonl"
 
 
 @pytest.mark.parametrize(
