@@ -50,14 +50,15 @@ def row_inner_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def linear_combination(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Return Σcᵢθᵢ as (Σc)θₐ + Σcᵢ(θᵢ − θₐ) from the θₐ of largest |cₐ|.
+    """Return Σcᵢθᵢ as θₐ + ((Σc − 1)θₐ + Σcᵢ(θᵢ − θₐ)) from the θₐ of largest |cₐ|.
 
-    Between models that are close to each other only small steps are rounded, as in `averaging.affine_combination`;
-    there the coefficients add to 1, here to anything. The inputs are float32 of one shape and are not modified.
+    Between models that are close to each other all but the last sum are small steps, as in
+    `averaging.affine_combination`; there the coefficients add to 1, here to anything. The inputs are float32 of one
+    shape and are not modified.
     """
     anchor = max(range(len(tensors)), key=lambda position: abs(coefficients[position]))
-    merged = torch.mul(tensors[anchor], math.fsum(coefficients))
+    step = torch.mul(tensors[anchor], math.fsum([*coefficients, -1.0]))
     for position, coefficient in enumerate(coefficients):
         if position != anchor and coefficient != 0:
-            merged.add_(torch.sub(tensors[position], tensors[anchor]).mul_(coefficient))
-    return merged
+            step.add_(torch.sub(tensors[position], tensors[anchor]).mul_(coefficient))
+    return step.add_(tensors[anchor])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
-from dapt_merge.methods.inner_products import SMALLEST_SINE, gram_matrix, linear_combination, row_inner_products
+from dapt_merge.methods.inner_products import SMALLEST_SINE, gram_matrix, row_inner_products
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.spherical import SMALLEST_NORM
@@ -28,23 +28,24 @@ class ArcFactors:
     """What the two vectors are multiplied with.
 
     Attributes:
-        first, second: one factor for the whole tensor (floats), or float32 [vectors].
+        second: factor of the second vector: one for the whole tensor (a float), or float32 [vectors].
+        excess: what both factors add to above 1, likewise; the first factor is 1 + excess − second.
         run: elements after which the next vector begins (vectors that lie one after the other), or 0.
         vectors: how many there are; with `run` 0 they are interleaved: element i belongs to vector i mod `vectors`.
     """
 
-    first: float | Tensor
     second: float | Tensor
+    excess: float | Tensor
     run: int = 0
     vectors: int = 1
 
     def at(self, offset: int, count: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
-        """Return the factors of `count` elements of the flattened tensor, from `offset` on."""
-        if not isinstance(self.first, Tensor) or not isinstance(self.second, Tensor):
-            return self.first, self.second
+        """Return `second` and `excess` of `count` elements of the flattened tensor, from `offset` on."""
+        if not isinstance(self.second, Tensor) or not isinstance(self.excess, Tensor):
+            return self.second, self.excess
         elements = torch.arange(offset, offset + count, device=device)
         owner = elements.div_(self.run, rounding_mode="floor") if self.run else elements.remainder_(self.vectors)
-        return self.first.to(device)[owner], self.second.to(device)[owner]
+        return self.second.to(device)[owner], self.excess.to(device)[owner]
 
 
 def _share(weight: Sequence[float], context: TensorContext | None = None) -> float:
@@ -64,7 +65,7 @@ def _factors(operands: Operands, values: Values, context: TensorContext) -> ArcF
         first, second, straight = _on_the_arc(gram[0, :1], gram[0, 1:], gram[1, 1:], t)
         if straight:
             context.notes["fallback"] = "linear: no direction or no arc between the two vectors"
-        return ArcFactors(float(first), float(second))
+        return ArcFactors(float(second), float(first + second - 1))
     base, models = operands.whole()
     vectors = [(model if base is None else torch.sub(model, base)) for model in models]
     shape = vectors[0].shape or torch.Size([1])
@@ -78,7 +79,7 @@ def _factors(operands: Operands, values: Values, context: TensorContext) -> ArcF
     if straight:
         context.notes["fallback"] = f"linear: {straight} of {len(one)} pairs of vectors have no direction or no arc"
     run = 0 if values["nuslerp_row_wise"] else shape[-1]
-    return ArcFactors(first.float(), second.float(), run, len(one))
+    return ArcFactors(second.float(), (first + second - 1).float(), run, len(one))
 
 
 def _on_the_arc(one: Tensor, mixed: Tensor, two: Tensor, t: float) -> tuple[Tensor, Tensor, int]:
@@ -144,11 +145,8 @@ def nuslerp(
     Weights that add to 0 stand for t = 0.5. Vectors that are zero, parallel or opposite have no arc and are merged
     linearly, (1−t)v₁ + tv₂, with a note `fallback`; mergekit instead takes a zero vector to be orthogonal to the other.
     """
-    first, second = measured.at(context.offset, models[0].numel(), models[0].device)
-    vectors = list(models) if base is None else [torch.sub(model, base) for model in models]
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        # first·v₁ + second·v₂, as steps from one of the two: close models stay close (see linear_combination).
-        merged = torch.sub(vectors[1], vectors[0]).mul_(second).add_(vectors[0] * (first + second))
-    else:
-        merged = linear_combination(vectors, [first, second])
+    second, excess = measured.at(context.offset, models[0].numel(), models[0].device)
+    one, two = models if base is None else [torch.sub(model, base) for model in models]
+    # (1 + excess − second)·v₁ + second·v₂ as small steps from v₁: close models stay close.
+    merged = torch.sub(two, one).mul_(second).add_(one * excess).add_(one)
     return merged if base is None else merged.add_(base)
