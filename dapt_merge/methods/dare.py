@@ -7,8 +7,7 @@ mask for each model.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import AtRandom, TaskVectorSum
 from dapt_merge.methods.masks import keep_mask
-from dapt_merge.methods.pieces import Operands, partial_sums
+from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.methods.rescaling import l1_ratio
 from dapt_merge.methods.task_arithmetic import (
     LAMBDA,
     NORMALIZE_BY_SUM,
@@ -48,27 +48,6 @@ RESCALE = Parameter(
     "or none (also false)",
     choices=("expectation", "l1", "none", True, False),
 )
-
-
-def l1_ratio(operands: Operands, position: int, kept: Callable[[Tensor, int], Tensor]) -> float:
-    """Return Σ|δ| / Σ|kept δ| of one model, or 1 when nothing that is not 0 was kept.
-
-    Args:
-        operands: the inputs.
-        position: which model's task vector.
-        kept: (piece of the task vector, index of its first element) → which of its elements are kept.
-    """
-    before: list[float] = []
-    after: list[float] = []
-    start = 0
-    for delta in operands.deltas(position):
-        mask = kept(delta, start)
-        magnitudes = delta.abs_().double()
-        before += partial_sums(magnitudes, operands.row_elements)
-        after += partial_sums(magnitudes.mul_(mask), operands.row_elements)
-        start += delta.numel()
-    remaining = math.fsum(after)
-    return math.fsum(before) / remaining if remaining else 1.0
 
 
 def _rescales(operands: Operands, values: Values, context: TensorContext) -> tuple[float, ...]:

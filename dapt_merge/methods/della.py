@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, TensorContext, Values
-from dapt_merge.methods.dare import RESCALE, l1_ratio, linear_copy, linear_dead_knobs, ties_dead_knobs
+from dapt_merge.methods.dare import RESCALE, linear_copy, linear_dead_knobs, ties_dead_knobs
 from dapt_merge.methods.fused import ByRank, TaskVectorSum
 from dapt_merge.methods.masks import keep_mask
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.methods.rescaling import l1_ratio
 from dapt_merge.methods.task_arithmetic import LAMBDA, NORMALIZE_BY_SUM, WEIGHT, add_scaled, scales
 from dapt_merge.methods.ties import (
     DENSITY,
