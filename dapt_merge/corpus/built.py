@@ -32,8 +32,8 @@ class BuiltCorpus:
         train: a memory-mapped `datasets.Dataset`; row i is the i-th sequence of training. `train[i]` holds int64
             tensors of [sequence_length]: `input_ids`, `labels` (−100 where nothing before a token could tell it) and,
             with `attention: document`, `position_ids` that start again at 0 in every document. `train[[i, j]]` holds
-            the same with a leading dimension. Never pass an `attention_mask` with these rows: transformers keeps
-            documents apart by `position_ids` only without one, and with flash attention only for one row at a time.
+            the same with a leading dimension. transformers keeps documents apart by `position_ids` only with
+            `use_cache=False`, without an `attention_mask` and, with flash attention, for one row at a time.
         manifest: `manifest.json`.
     """
 

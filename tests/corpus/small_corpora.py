@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 # A vocabulary with a long tail, as texts have: the sequences of a few words are hardly ever repeated by chance.
-SYLLABLES = "ba cé di for gué hô jau lin mè nœ pour qué ré san té vou xo za œd ïa".split()
+_SYLLABLES = "ba cé di for gué hô jau lin mè nœ pour qué ré san té vou xo za œd ïa"
+SYLLABLES = _SYLLABLES.split()
 WORDS = [a + b for a in SYLLABLES for b in SYLLABLES] + [a + b + c for a in SYLLABLES for b in SYLLABLES for c in "nsx"]
 
 
