@@ -2,7 +2,8 @@
 
 The idea: write into a hidden sibling of the target (same file system, so that the rename is atomic), flush it to the
 disk, rename. A killed process leaves at most such a sibling; the next writer of the same target removes it once its
-owner is gone. What this module does not know: what is written.
+owner is gone, or goes on with it where both say that they write the same. What this module does not know: what is
+written.
 """
 
 from __future__ import annotations
@@ -11,30 +12,44 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dapt_merge.errors import InputError
 
+_LOCK_FILE = ".lock"
+
 
 @contextmanager
-def atomic_folder(final: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes `final` when the block ends without an exception.
+def atomic_folder(final: str | Path, *, overwrite: bool = False, key: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `final` when the block ends without an exception.
+
+    Args:
+        final: the folder to make.
+        overwrite: replace it if it exists, once the new one is complete.
+        key: a name for all that the content depends on. The folder yielded is empty, unless a process that was killed
+            or interrupted has left one with the same key: then it is that one, with what lies in it.
 
     Raises:
-        InputError: `final` exists and `overwrite` is false; its parent is not writable; the disk is full.
+        InputError: `final` exists and `overwrite` is false; its parent is not writable; the disk is full; another
+            process is making the same folder with the same key.
     """
     final = Path(final)
     refuse_existing(final, overwrite)
-    with disk_errors_explained(final):
-        temporary = _fresh_sibling(final)
-        temporary.mkdir(parents=True)
+    with disk_errors_explained(final), ExitStack() as held:
+        temporary = _fresh_sibling(final, key)
+        temporary.mkdir(parents=True, exist_ok=key is not None)
+        if key is not None:
+            held.enter_context(_locked(temporary, final))
         try:
             yield temporary
+            (temporary / _LOCK_FILE).unlink(missing_ok=True)
             _sync_tree(temporary)
+            refuse_existing(final, overwrite)  # which another process may have made in the meantime
             _replace(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if key is None or not isinstance(error, KeyboardInterrupt):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -92,15 +107,57 @@ def disk_errors_explained(target: str | Path) -> Iterator[None]:
         raise
 
 
-def _fresh_sibling(final: Path) -> Path:
-    """Name this process's temporary sibling of `final`, and remove those whose process is gone."""
+def _fresh_sibling(final: Path, key: str | None = None) -> Path:
+    """Name this process's temporary sibling of `final`, and remove those that nobody will go on with."""
     prefix = f".{final.name}.partial-"
+    own = final.parent / f"{prefix}{os.getpid() if key is None else key}"
     if final.parent.is_dir():
-        for stale in final.parent.glob(f"{prefix}*"):
-            owner = stale.name[len(prefix) :]
-            if owner == str(os.getpid()) or not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    return final.parent / f"{prefix}{os.getpid()}"
+        for other in final.parent.glob(f"{prefix}*"):
+            if (key is None or other != own) and _is_abandoned(other, other.name[len(prefix) :]):
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+    return own
+
+
+def _is_abandoned(sibling: Path, owner: str) -> bool:
+    """Say whether the process that a temporary sibling belongs to is gone: by its number, or by the lock it holds."""
+    if owner.isdigit() and not (sibling / _LOCK_FILE).exists():
+        return owner == str(os.getpid()) or not Path(f"/proc/{owner}").exists()
+    descriptor = _take_lock(sibling)
+    if descriptor is None:
+        return False
+    os.close(descriptor)
+    return True
+
+
+@contextmanager
+def _locked(folder: Path, final: Path) -> Iterator[None]:
+    descriptor = _take_lock(folder)
+    if descriptor is None:
+        raise InputError(
+            "another process is writing this output",
+            where=final,
+            remedy="Wait for it, or choose another name.",
+        )
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(folder: Path) -> int | None:
+    """Return the descriptor that holds a folder's lock, which ends with the process; None while another holds it."""
+    import fcntl
+
+    try:
+        descriptor = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # the folder has just got its final name
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _replace(temporary: Path, final: Path) -> None:

@@ -59,6 +59,8 @@ class Checkpoint:
         tensors: name → TensorInfo, in natural order (layer 2 before layer 10), each stored tensor once.
         aliases: name → name of the tensor that it is tied to.
         remarks: sentences on how it was opened, for the report of whatever is made of it.
+        files: the weight files that every tensor is read from as it is stored; empty where some are computed, or lie in
+            memory.
         num_layers: how many layers the stack has, or None when neither config nor names say; see `layers_of`.
 
     Example:
@@ -78,6 +80,7 @@ class Checkpoint:
         config: dict[str, Any] | None = None,
         aliases: Mapping[str, str] | None = None,
         remarks: Iterable[str] = (),
+        files: Iterable[Path] = (),
         known_digest: Callable[[str], bytes | None] = lambda name: None,
     ) -> None:
         infos = {info.name: info for info in tensors}
@@ -89,6 +92,7 @@ class Checkpoint:
         self.num_layers = _num_layers(self.config, self.tensors)
         self._layers = _layers_by_stack(self.tensors)
         self.remarks = tuple(remarks)
+        self.files = tuple(files)
         # The tensors that are computed from files whenever they are read; see `keeping`.
         self.computed: frozenset[str] = frozenset()
         # Set where embeddings were aligned: equal keys mean equal tokens in equal rows, whatever the files say.

@@ -191,6 +191,7 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
         folder=folder,
         config=config,
         aliases=aliases,
+        files=files,
         known_digest=known_digest,
     )
 

@@ -51,8 +51,8 @@ class Staging:
         return self._pool.submit(work)
 
     def close(self) -> None:
-        """Wait for the writing threads; work that has not started is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Carry out what was submitted, and end the writing threads."""
+        self._pool.shutdown(wait=True)
 
 
 class OutputFile:

@@ -34,6 +34,7 @@ def map_in_threads(
     items: Sequence[Item],
     size: Callable[[Item], int],
     *,
+    group: Callable[[Item], int] = lambda item: 0,
     threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
@@ -46,6 +47,7 @@ def map_in_threads(
         work: called once an item, in any thread and order.
         items: what to work on.
         size: an item's size, in elements or bytes; also the unit of `on_progress(done, total)`.
+        group: items of a lower group are started first, whatever their size.
         threads: how many (default: the CPUs this process may use).
         on_progress: called after each item, never by two threads at once.
     """
@@ -64,7 +66,7 @@ def map_in_threads(
                 on_progress(done, total)
         return result
 
-    largest_first = sorted(range(len(items)), key=lambda index: -size(items[index]))
+    largest_first = sorted(range(len(items)), key=lambda index: (group(items[index]), -size(items[index])))
     with _single_threaded_torch(min(threads or default_threads(), max(1, len(items)))) as pool:
         futures = {index: pool.submit(one, items[index]) for index in largest_first}
         try:

@@ -128,6 +128,10 @@ class CheckpointWriter:
         place = self._places[name]
         return TensorStream(self, name, place, self._shards[place.shard].file, self._staging)
 
+    def file_number(self, name: str) -> int:
+        """Return which file a tensor goes to, as an index of `files`."""
+        return self._places[name].shard
+
     def write(self, name: str, tensor: Tensor) -> bytes:
         """Write one tensor to its place, from any thread, and return the digest of its bytes.
 
@@ -145,6 +149,7 @@ class CheckpointWriter:
             for begin in range(0, place.nbytes, _RUN_BYTES):
                 run = content[begin : begin + _RUN_BYTES]
                 stream.take(len(run))[:] = run
+        stream.complete()
         return stream.digest
 
     def close(self) -> None:
@@ -262,7 +267,8 @@ class CheckpointWriter:
 class TensorStream:
     """One tensor's way into its file: ask for room, fill it, ask for more. It is hashed while it is in the cache.
 
-    Leave the `with` block once everything is filled; after that, `digest` is the XXH3 128-bit digest of the bytes.
+    Leave the `with` block once everything is filled; after that, `digest` is the XXH3 128-bit digest of the bytes. Then
+    call `complete`: a file is finished, and told to be, once all its tensors are.
     """
 
     def __init__(self, writer: CheckpointWriter, name: str, place: _Place, file: OutputFile, staging: Staging) -> None:
@@ -304,6 +310,10 @@ class TensorStream:
         """The digest of the bytes, once the stream is left."""
         return self._hash.digest()
 
+    def complete(self) -> None:
+        """Say that nothing more is to be done for this tensor before its file is finished."""
+        self._writer._complete(self._name)
+
     def __enter__(self) -> TensorStream:
         return self
 
@@ -315,7 +325,6 @@ class TensorStream:
             if self._taken != self._place.nbytes:
                 raise ValueError(f"tensor {self._name}: {self._taken} bytes came, {self._place.nbytes} were announced")
             self._flush(last=True)
-            self._writer._complete(self._name)
         self._view = memoryview(b"")
         if self._buffer is not None:
             self._staging.give(self._buffer)

@@ -23,6 +23,7 @@ from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
+from dapt_merge.merging.resume import Journal, resume_key
 from dapt_merge.merging.tensor import merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
 
@@ -62,16 +63,10 @@ def merge_to_disk(
     _refuse_input_as_output(plan, Path(out))
     prefetch.stop()
     plan = settle_cutoffs(plan)
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        threads = threads or default_threads()
-        with CheckpointWriter(folder, plan.jobs, shard_bytes=shard_bytes, threads=threads) as writer:
-            outcomes = map_in_threads(
-                lambda job: _merge_and_write(plan, job, writer),
-                plan.jobs,
-                size=lambda job: job.elements,
-                threads=threads,
-                on_progress=on_progress,
-            )
+    with atomic_folder(out, overwrite=overwrite, key=resume_key(plan, shard_bytes)) as folder:
+        journal = Journal.read(folder, plan)
+        outcomes = _write_weights(plan, folder, journal, threads or default_threads(), shard_bytes, on_progress)
+        journal.remove()
         write_companions(plan, folder)
         report = build_report(
             plan,
@@ -97,13 +92,47 @@ def write_companions(plan: MergePlan, folder: Path) -> None:
         write_template(folder, plan.chat_template)
 
 
-def _merge_and_write(plan: MergePlan, job: TensorJob, writer: CheckpointWriter) -> TensorOutcome:
-    with writer.stream(job.name) as stream:
-        notes, rounding = merge_tensor_in_runs(job, plan.read, plan.recipe.seed, stream.place)
-    for label, stored in job.reads:
-        # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
-        plan.checkpoints[label].digest(stored)
-    return TensorOutcome(job, dict(notes), rounding, stream.digest)
+def _write_weights(
+    plan: MergePlan,
+    folder: Path,
+    journal: Journal,
+    threads: int,
+    shard_bytes: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[TensorOutcome]:
+    """Merge and write every tensor that is not in a finished file; the outcomes are in the plan's order."""
+    outcomes = dict(journal.outcomes)
+
+    def note(file: str, names: tuple[str, ...]) -> None:
+        journal.add(folder / file, [outcomes[name] for name in names], plan)
+
+    def work(job: TensorJob) -> None:
+        with writer.stream(job.name) as stream:
+            notes, rounding = merge_tensor_in_runs(job, plan.read, plan.recipe.seed, stream.place)
+        for label, stored in job.reads:
+            # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
+            plan.checkpoints[label].digest(stored)
+        outcomes[job.name] = TensorOutcome(job, dict(notes), rounding, stream.digest)
+        stream.complete()
+
+    writer = CheckpointWriter(
+        folder,
+        plan.jobs,
+        shard_bytes=shard_bytes,
+        threads=threads,
+        finished_files=journal.files,
+        on_finished=note,
+    )
+    with writer:
+        map_in_threads(
+            work,
+            [job for job in plan.jobs if job.name not in journal.outcomes],
+            size=lambda job: job.elements,
+            group=lambda job: writer.file_number(job.name),
+            threads=threads,
+            on_progress=on_progress,
+        )
+    return [outcomes[job.name] for job in plan.jobs]
 
 
 def _output_fingerprint(outcomes: list[TensorOutcome]) -> str:
