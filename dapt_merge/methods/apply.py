@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.methods.contract import Method, Source, TensorContext
-from dapt_merge.methods.fused import STORED_CODES, Fused, Program, fits
+from dapt_merge.methods.fused import Fused, Program
 from dapt_merge.methods.pieces import Operands, is_finite, refuse_non_finite
 from dapt_merge.methods.rounding_loss import RoundingLoss, rounded_and_counted
+from dapt_merge.methods.stored import STORED_CODES, fits
 
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NARROW_DTYPES = (torch.bfloat16, torch.float16)

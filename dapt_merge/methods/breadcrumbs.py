@@ -7,18 +7,19 @@ dropped, also at density 1: the outliers are what this method distrusts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
-from dapt_merge.methods.dare import l1_ratio, linear_copy
+from dapt_merge.methods.dare import linear_copy
 from dapt_merge.methods.fused import TaskVectorSum, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
 from dapt_merge.methods.selection import Cutoff, find_cutoffs, kept_count, kept_mask
+from dapt_merge.methods.stored_deltas import delta_magnitudes
 from dapt_merge.methods.task_arithmetic import (
     LAMBDA,
     NORMALIZE_BY_SUM,
@@ -42,12 +43,6 @@ from dapt_merge.methods.ties import (
 
 GAMMA = Parameter(
     "gamma", 0.01, "share of the largest elements of each task vector that is dropped", per_model=True, low=0, high=1
-)
-RESCALE = Parameter(
-    "rescale",
-    "none",
-    "scale of the kept elements: none (the paper's; also false) or l1 (restores the tensor's L1 norm; also true)",
-    choices=("none", "l1", True, False),
 )
 
 
@@ -97,7 +92,7 @@ def _bands(operands: Operands, values: Values, context: TensorContext) -> tuple[
         band = _Band(None, None)
         if position in voters:
             band = _find_band(operands, position, *band_counts(density, gamma, operands.numel))
-        if values["rescale"] in ("l1", True) and (band.upper or band.lower):
+        if restores_l1(values["rescale"]) and (band.upper or band.lower):
             band = band._replace(factor=l1_ratio(operands, position, band.mask))
         bands.append(band)
     return tuple(bands)
@@ -105,10 +100,10 @@ def _bands(operands: Operands, values: Values, context: TensorContext) -> tuple[
 
 def _find_band(operands: Operands, position: int, outliers: int, kept: int) -> _Band:
     counts = [count for count in (outliers, outliers + kept) if 0 < count < operands.numel]
-    stream = partial(operands.deltas, position)
-    found = dict(zip(counts, find_cutoffs(stream, counts), strict=True)) if counts else {}
+    magnitudes = delta_magnitudes([operands], position)
+    found = dict(zip(counts, find_cutoffs(magnitudes, counts), strict=True)) if counts else {}
     if outliers == operands.numel:  # gamma 1: one border, with nothing on its kept side
-        everything = find_cutoffs(stream, [outliers])[0]
+        everything = find_cutoffs(magnitudes, [outliers])[0]
         return _Band(everything, everything)
     return _Band(found.get(outliers), found.get(outliers + kept))
 
@@ -180,7 +175,7 @@ def _band_dead_knobs(values: Values) -> list[str]:
     pairs = list(zip(values["density"], values["gamma"], strict=True))
     if all(1 - gamma < density < 1 for density, gamma in pairs):
         dead.append("density: gamma leaves less than that, so that any density up to 1 keeps the same")
-    if values["rescale"] in ("l1", True) and all(density == 1 and gamma == 0 for density, gamma in pairs):
+    if restores_l1(values["rescale"]) and all(density == 1 and gamma == 0 for density, gamma in pairs):
         dead.append("rescale: density 1 and gamma 0 drop nothing")
     return dead
 
@@ -197,7 +192,7 @@ def _ties_dead_knobs(values: Values, count: int) -> list[str]:
 
 @method(
     "breadcrumbs",
-    parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, NORMALIZE_BY_SUM, RESCALE),
+    parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, NORMALIZE_BY_SUM, RESCALE_SELECTED),
     reference="arXiv:2312.06795",
     elementwise=True,
     dead_knobs=_linear_dead_knobs,
@@ -233,7 +228,7 @@ def breadcrumbs(
 
 @method(
     "breadcrumbs_ties",
-    parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, NORMALIZE, ELECT, RESCALE),
+    parameters=(WEIGHT, DENSITY, GAMMA, LAMBDA, NORMALIZE, ELECT, RESCALE_SELECTED),
     reference="arXiv:2312.06795, arXiv:2306.01708",
     elementwise=True,
     dead_knobs=_ties_dead_knobs,

@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dapt_merge.methods.masks import keep_limits, mask_keys
 from dapt_merge.methods.rounding_loss import RoundingLoss
 from dapt_merge.methods.selection import Cutoff
+from dapt_merge.methods.stored import place_of
 
 if TYPE_CHECKING:
     from dapt_merge.methods.pieces import Operands
-
-STORED_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True)
@@ -84,28 +82,18 @@ class TaskVectorSum:
 Fused: TypeAlias = InputSum | TaskVectorSum
 
 
-def fits(tensor: Tensor) -> bool:
-    """Say whether the compiled loops can read or write a tensor where it lies."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype in STORED_CODES
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % tensor.element_size() == 0
-    )
-
-
 class Program:
     """A merge of one tensor, ready for the compiled loops.
 
     Args:
         fused: what to do.
-        operands: the inputs; all of them fit (see `fits`).
+        operands: the inputs; all of them fit (see `stored.fits`).
     """
 
     def __init__(self, fused: Fused, operands: Operands) -> None:
         self._inputs = operands.models if operands.base is None else (operands.base, *operands.models)
-        self._addresses = np.array([tensor.data_ptr() for tensor in self._inputs], np.int64)
-        self._codes = np.array([STORED_CODES[tensor.dtype] for tensor in self._inputs], np.int64)
+        places = np.array([place_of(tensor) for tensor in self._inputs], np.int64)
+        self._addresses, self._codes = places[:, 0].copy(), places[:, 1].copy()
         self._packed = _packed(fused, operands)
 
     def run_elements(self, at_most: int) -> int:
@@ -129,8 +117,7 @@ class Program:
             self._codes,
             begin,
             out.numel(),
-            out.data_ptr(),
-            STORED_CODES[out.dtype],
+            *place_of(out),
             self._packed.row * max(1, kernels.RUN_ELEMENTS // self._packed.row),
             *self._packed.arguments(),
         )

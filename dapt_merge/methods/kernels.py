@@ -32,6 +32,7 @@ WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
 WHOLE, RANDOM, BAND, BY_RANK = 0, 1, 2, 3
 
 RUN_ELEMENTS = 2048  # 8 KiB a buffer
+SUMMED = 1024  # elements that `products` adds up at a time
 _INFINITE = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _RANK_BUCKETS = 2048
@@ -571,3 +572,158 @@ def merge(
         updated += moved
         lost += moved_back
     return True, updated, lost
+
+
+# --- selecting and measuring -------------------------------------------------------------------------------------
+
+
+@_compiled
+def _magnitudes(base: Any, model: Any, bits: Any) -> None:
+    for i in range(bits.size):
+        bits[i] = np.float32(model[i] - base[i]).view(np.uint32) & _MAGNITUDE
+
+
+@_compiled
+def _read_magnitudes(
+    base_address: int, base_code: int, model_address: int, model_code: int, start: int, values: Any, bits: Any
+) -> None:
+    """Write the magnitudes of a run of a task vector as bit patterns; `values` is float32 [2, run], to work in."""
+    _widen(base_address, base_code, start, values[0])
+    _widen(model_address, model_code, start, values[1])
+    _magnitudes(values[0], values[1], bits)
+
+
+@_compiled
+def _count_at_least(bits: Any, border: Any) -> Any:
+    found = np.int32(0)
+    for i in range(bits.size):
+        found += np.int32(bits[i] >= border)
+    return found
+
+
+@_compiled
+def _count_equal(bits: Any, value: Any) -> Any:
+    found = np.int32(0)
+    for i in range(bits.size):
+        found += np.int32(bits[i] == value)
+    return found
+
+
+@_compiled
+def sample(
+    base_address: int, base_code: int, model_address: int, model_code: int, count: int, step: int, clump: int
+) -> Any:
+    """Return the magnitudes of the first `clump` of every `step` elements of a task vector."""
+    size = count // step * clump + min(clump, count % step)
+    found = np.empty(size, np.uint32)
+    filled = 0
+    for start in range(0, count, step):
+        run = min(clump, count - start)
+        place = (base_address, base_code, model_address, model_code)
+        _read_magnitudes(*place, start, np.empty((2, run), np.float32), found[filled : filled + run])
+        filled += run
+    return found
+
+
+@_compiled
+def count_from(
+    base_address: int, base_code: int, model_address: int, model_code: int, count: int, borders: Any, counts: Any
+) -> None:
+    """Add to `counts` how many magnitudes of a task vector are at least each of the borders."""
+    size = min(RUN_ELEMENTS, count)
+    values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+    for start in range(0, count, RUN_ELEMENTS):
+        if count - start < size:
+            size = count - start
+            values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+        _read_magnitudes(base_address, base_code, model_address, model_code, start, values, bits)
+        for place in range(borders.size):
+            counts[place] += _count_at_least(bits, borders[place])
+
+
+@_compiled
+def collect(
+    base_address: int,
+    base_code: int,
+    model_address: int,
+    model_code: int,
+    count: int,
+    least: Any,
+    most: Any,
+    found: Any,
+    filled: int,
+) -> Any:
+    """Write the magnitudes of a task vector in [least, most] into `found` from `filled` on, and return where they end.
+
+    There is room for all of them and one more.
+    """
+    size = min(RUN_ELEMENTS, count)
+    values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+    for start in range(0, count, RUN_ELEMENTS):
+        if count - start < size:
+            size = count - start
+            values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+        _read_magnitudes(base_address, base_code, model_address, model_code, start, values, bits)
+        for i in range(size):
+            # Written whether it belongs or not, and only kept by moving on: no branch that cannot be foretold.
+            found[filled] = bits[i]
+            filled += np.int64((bits[i] >= least) & (bits[i] <= most))
+    return filled
+
+
+@_compiled
+def index_of(
+    base_address: int, base_code: int, model_address: int, model_code: int, count: int, value: Any, tie: int
+) -> Any:
+    """Return the index of the tie-th magnitude (from 1) that is exactly `value`, or −1; and the ties still to find."""
+    size = min(RUN_ELEMENTS, count)
+    values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+    for start in range(0, count, RUN_ELEMENTS):
+        if count - start < size:
+            size = count - start
+            values, bits = np.empty((2, size), np.float32), np.empty(size, np.uint32)
+        _read_magnitudes(base_address, base_code, model_address, model_code, start, values, bits)
+        equal = _count_equal(bits, value)
+        if equal < tie:
+            tie -= equal
+            continue
+        for i in range(size):
+            tie -= bits[i] == value
+            if tie == 0:
+                return start + i, 0
+    return -1, tie
+
+
+@_compiled
+def _multiply_and_add(one: Any, other: Any, mixed: Any, ones: Any, others: Any) -> None:
+    for start in range(0, SUMMED, 16):
+        for lane in range(16):
+            first, second = np.float64(one[start + lane]), np.float64(other[start + lane])
+            mixed[lane] += first * second
+            ones[lane] += first * first
+            others[lane] += second * second
+
+
+@_compiled
+def products(base_address: int, base_code: int, model_address: int, model_code: int, count: int, sums: Any) -> Any:
+    """Write Σθ₀θ₁, Σθ₀² and Σθ₁² of every run of `SUMMED` elements into `sums`, float64 [3, runs].
+
+    Sixteen lanes are summed apart and then added pairwise: a fixed order. Returns whether all elements are finite.
+    """
+    values = np.empty((2, SUMMED), np.float32)
+    lanes = np.empty((3, 16), np.float64)
+    finite = True
+    for run in range(sums.shape[1]):
+        start = SUMMED * run
+        size = min(SUMMED, count - start)
+        values[:, size:] = np.float32(0)
+        finite &= _widen(base_address, base_code, start, values[0][:size])
+        finite &= _widen(model_address, model_code, start, values[1][:size])
+        lanes[:] = 0.0
+        _multiply_and_add(values[0], values[1], lanes[0], lanes[1], lanes[2])
+        for kind in range(3):
+            for half in (8, 4, 2, 1):
+                for lane in range(half):
+                    lanes[kind, lane] += lanes[kind, lane + half]
+            sums[kind, run] = lanes[kind, 0]
+    return finite

@@ -1,23 +1,29 @@
 """Exactly the k largest magnitudes, without a sort and without a copy of the tensor.
 
-The idea: the bit pattern of a non-negative float32 orders like its value, so two histograms (its upper 15 bits, then
-the lower 16 within the bucket that holds the k-th largest) give the exact threshold. Equal magnitudes go to the lower
-index. Cost: two passes over the values, a third when magnitudes tie at the threshold (as differences of bfloat16 do).
-What this module does not know: what the values are; they come as a stream, from one tensor or from a whole model.
+The idea: the bit pattern of a non-negative float32 orders like its value, so the k-th largest is the number whose bits
+are found by counting: how many magnitudes are at least this, or that? A sample says where to look, and each pass over
+the values narrows the interval that holds the threshold, until it is one number or holds so few elements that they can
+be looked at together. The sample only guides; what is found is exact whatever it was. Equal magnitudes go to the lower
+index. Usually that is one pass where many magnitudes are equal (as differences of bfloat16 are) and two otherwise.
+
+What this module does not know: what the values are; they come as a stream, from one tensor or from a whole model, or
+lie where compiled loops can count them (`stored_deltas`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_LOW_BITS = 16
-_BUCKETS_HIGH = 1 << 15  # the sign bit of a magnitude is 0
-_BUCKETS_LOW = 1 << _LOW_BITS
+_ABOVE_ALL = 1 << 31  # the sign bit of a magnitude is 0
+_SAMPLED = 1 << 14
+_FEW = 1 << 16  # so many are always looked at together; of larger tensors, so large a share:
+_FEW_OF = 32
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,30 @@ class Cutoff:
     last_tied: int
 
 
+class Magnitudes(Protocol):
+    """Magnitudes in a fixed order, as the bit patterns of float32: below 2³¹, and ordered like the numbers."""
+
+    def sample(self, size: int) -> np.ndarray:
+        """Return about so many of them, or all where there are not many more; uint32, spread evenly."""
+
+    @property
+    def elements(self) -> int:
+        """How many there are."""
+
+    def count_from(self, borders: Sequence[int]) -> list[int]:
+        """Return how many are at least each of the borders."""
+
+    def between(self, low: int, high: int, count: int) -> np.ndarray:
+        """Return those in [low, high), uint32; `count` is how many there are."""
+
+    def index_of(self, bits: int, tie: int) -> int:
+        """Return the index of the tie-th (from 1) that is exactly `bits`."""
+
+
+Stream: TypeAlias = Callable[[], Iterator[Tensor]]
+"""Gives the values from the start each time it is called, as 1-d float32 pieces that may be overwritten."""
+
+
 def kept_count(density: float, numel: int) -> int:
     """Return k = ⌊density·n⌋, but at least 1 while there is something to keep.
 
@@ -43,36 +73,37 @@ def kept_count(density: float, numel: int) -> int:
     return max(1, int(density * numel)) if density > 0 and numel else 0
 
 
-def find_cutoff(stream: Callable[[], Iterator[Tensor]], kept: int) -> Cutoff:
+def find_cutoff(values: Stream | Magnitudes, kept: int) -> Cutoff:
     """Return the cutoff that keeps exactly `kept` of the elements; the arguments are as for `find_cutoffs`."""
-    return find_cutoffs(stream, [kept])[0]
+    return find_cutoffs(values, [kept])[0]
 
 
-def find_cutoffs(stream: Callable[[], Iterator[Tensor]], kept: Sequence[int]) -> list[Cutoff]:
+def find_cutoffs(values: Stream | Magnitudes, kept: Sequence[int]) -> list[Cutoff]:
     """Return, for each count, the cutoff that keeps exactly so many of the elements.
 
     Args:
-        stream: gives the values from the start each time it is called, as 1-d float32 pieces that may be overwritten.
+        values: what to select from.
         kept: counts, each at least 1 and at most the number of elements.
     """
+    magnitudes = _Streamed(values) if callable(values) else values
     cutoffs = []
-    for border in _borders(stream, kept):
-        last_tied = border.elements - 1
+    for border in _borders(magnitudes, kept):
+        last_tied = magnitudes.elements - 1
         if border.tied_kept < border.tied:
-            last_tied = _index_of_tie(stream(), border.magnitude_bits, border.tied_kept)
+            last_tied = magnitudes.index_of(border.magnitude_bits, border.tied_kept)
         cutoffs.append(Cutoff(border.magnitude_bits, last_tied))
     return cutoffs
 
 
-def magnitudes_of_rank(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int]) -> list[float]:
-    """Return the magnitudes of the given ranks, 1 being the largest; the stream is as for `find_cutoffs`.
+def magnitudes_of_rank(values: Stream | Magnitudes, ranks: Sequence[int]) -> list[float]:
+    """Return the magnitudes of the given ranks, 1 being the largest; the values are as for `find_cutoffs`.
 
     Example:
         >>> magnitudes_of_rank(lambda: iter([torch.tensor([3.0, -5.0, 1.0])]), [1, 3])
         [5.0, 1.0]
     """
-    bits = [border.magnitude_bits for border in _borders(stream, ranks)]
-    return [float(value) for value in torch.tensor(bits, dtype=torch.int32).view(torch.float32)]
+    borders = _borders(_Streamed(values) if callable(values) else values, ranks)
+    return [float(value) for value in np.array([b.magnitude_bits for b in borders], np.uint32).view(np.float32)]
 
 
 def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
@@ -91,30 +122,113 @@ class _Border(NamedTuple):
     magnitude_bits: int
     tied: int
     tied_kept: int
-    elements: int
 
 
-def _borders(stream: Callable[[], Iterator[Tensor]], ranks: Sequence[int]) -> list[_Border]:
-    high = torch.zeros(_BUCKETS_HIGH, dtype=torch.int64)
-    for piece in stream():
-        buckets = _bits(piece).bitwise_right_shift_(_LOW_BITS)
-        high += torch.bincount(buckets, minlength=_BUCKETS_HIGH).cpu()
-    found = [_bucket_of(high, rank) for rank in ranks]
+@dataclass
+class _Interval:
+    """Where the magnitude of a rank lies: in [low, high), with so many elements from low and from high upwards."""
 
-    low = {bucket: torch.zeros(_BUCKETS_LOW, dtype=torch.int64) for bucket, _ in found}
-    for piece in stream():
-        bits = _bits(piece)
-        buckets = bits >> _LOW_BITS
-        for bucket, histogram in low.items():
-            inside = bits[buckets == bucket]
-            histogram += torch.bincount(inside & (_BUCKETS_LOW - 1), minlength=_BUCKETS_LOW).cpu()
+    rank: int
+    low: int
+    from_low: int
+    high: int = _ABOVE_ALL
+    from_high: int = 0
 
-    borders = []
-    for rank, (bucket, above) in zip(ranks, found, strict=True):
-        lower, above_inside = _bucket_of(low[bucket], rank - above)
-        magnitude_bits = (bucket << _LOW_BITS) | lower
-        borders.append(_Border(magnitude_bits, int(low[bucket][lower]), rank - above - above_inside, int(high.sum())))
-    return borders
+    @property
+    def inside(self) -> int:
+        return self.from_low - self.from_high
+
+    @property
+    def found(self) -> bool:
+        return self.high == self.low + 1
+
+    def narrow(self, border: int, from_border: int) -> None:
+        if self.low < border < self.high:
+            if from_border >= self.rank:
+                self.low, self.from_low = border, from_border
+            else:
+                self.high, self.from_high = border, from_border
+
+    def guesses(self, sample: np.ndarray) -> list[int]:
+        """Return borders that should leave little between them; `sample` is sorted, the smallest first."""
+        first, end = np.searchsorted(sample, [self.low, self.high])
+        inside = sample[first:end]
+        if not len(inside):
+            return [(self.low + self.high) // 2]
+        share = (self.rank - self.from_high) / self.inside
+        # Four standard errors of a sampled rank: elements that are sampled side by side resemble each other somewhat.
+        margin = 4 * (share * (1 - share) * len(inside)) ** 0.5 + 2
+        below = len(inside) * (1 - share)
+        low, middle, high = (
+            int(inside[int(min(max(place, 0), len(inside) - 1))]) for place in (below - margin, below, below + margin)
+        )
+        return [low, middle, middle + 1, high + 1]
+
+
+def _borders(magnitudes: Magnitudes, ranks: Sequence[int]) -> list[_Border]:
+    sample: np.ndarray | None = None
+    few = max(_FEW, magnitudes.elements // _FEW_OF)
+    intervals = [_Interval(rank, 0, magnitudes.elements) for rank in ranks]
+    while True:
+        wide = [interval for interval in intervals if not interval.found and interval.inside > few]
+        if not wide:
+            return [_look_inside(magnitudes, interval) for interval in intervals]
+        if sample is None:
+            sample = np.sort(magnitudes.sample(_SAMPLED))
+        borders = sorted({border for interval in wide for border in interval.guesses(sample)})
+        counts = magnitudes.count_from(borders)
+        for interval in wide:
+            before = interval.inside
+            for border, count in zip(borders, counts, strict=True):
+                interval.narrow(border, count)
+            if interval.inside == before:  # the sample is of no more help
+                sample = sample[:0]
+
+
+def _look_inside(magnitudes: Magnitudes, interval: _Interval) -> _Border:
+    rank = interval.rank - interval.from_high
+    if interval.found:
+        return _Border(interval.low, interval.inside, rank)
+    inside = magnitudes.between(interval.low, interval.high, interval.inside)
+    bits = int(np.partition(inside, len(inside) - rank)[len(inside) - rank])
+    return _Border(bits, int(np.count_nonzero(inside == bits)), rank - int(np.count_nonzero(inside > bits)))
+
+
+class _Streamed:
+    """The magnitudes of a stream of values."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.elements = sum(piece.numel() for piece in stream())
+
+    def sample(self, size: int) -> np.ndarray:
+        step = max(1, self.elements // size)
+        return np.concatenate([_unsigned(_bits(piece[::step].clone())) for piece in self._stream()])
+
+    def count_from(self, borders: Sequence[int]) -> list[int]:
+        counts = [0] * len(borders)
+        for piece in self._stream():
+            bits = _bits(piece)
+            for place, border in enumerate(borders):
+                counts[place] += int((bits >= border).count_nonzero()) if border < _ABOVE_ALL else 0
+        return counts
+
+    def between(self, low: int, high: int, count: int) -> np.ndarray:
+        found = []
+        for piece in self._stream():
+            bits = _bits(piece)
+            found.append(_unsigned(bits[(bits >= low) & (bits <= high - 1)]))
+        return np.concatenate(found)
+
+    def index_of(self, bits: int, tie: int) -> int:
+        start = 0
+        for piece in self._stream():
+            positions = torch.nonzero(_bits(piece) == bits).view(-1)
+            if tie <= positions.numel():
+                return start + int(positions[tie - 1])
+            tie -= positions.numel()
+            start += piece.numel()
+        raise AssertionError("the stream changed between two readings")
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -122,21 +236,5 @@ def _bits(values: Tensor) -> Tensor:
     return values.view(torch.int32).bitwise_and_(0x7FFFFFFF)
 
 
-def _bucket_of(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """Return the bucket of the rank-th largest (from 1) and how many lie in the buckets above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, rank))
-    above = int(from_top[position - 1]) if position else 0
-    return histogram.numel() - 1 - position, above
-
-
-def _index_of_tie(pieces: Iterator[Tensor], magnitude_bits: int, tie: int) -> int:
-    """Return the index of the tie-th element (from 1) of exactly that magnitude."""
-    start = 0
-    for piece in pieces:
-        positions = torch.nonzero(_bits(piece) == magnitude_bits).view(-1)
-        if tie <= positions.numel():
-            return start + int(positions[tie - 1])
-        tie -= positions.numel()
-        start += piece.numel()
-    raise AssertionError("the stream changed between two readings")
+def _unsigned(bits: Tensor) -> np.ndarray:
+    return bits.cpu().numpy().view(np.uint32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from dapt_merge.methods.averaging import affine_combination, weighted_sum
@@ -17,26 +18,40 @@ from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import InputSum
 from dapt_merge.methods.pieces import Operands, partial_sums
 from dapt_merge.methods.registry import method
+from dapt_merge.methods.stored import fits, place_of
 
 SMALLEST_NORM = 1e-8  # a shorter vector has no direction to speak of
 
 
 def _cosine(operands: Operands) -> float | None:
     """Return the cosine of base and model as flat vectors, or None when one of them has no direction."""
-    squares_base: list[float] = []
-    squares_model: list[float] = []
-    products: list[float] = []
-    for _, base, (model,) in operands.pieces():
-        assert base is not None
-        # float64, so that neither a square nor the cosine of a small angle is lost; only pieces are ever this wide.
-        wide_base, wide_model = base.double(), model.double()
-        products += partial_sums(wide_base * wide_model)
-        squares_base += partial_sums(wide_base.square_())
-        squares_model += partial_sums(wide_model.square_())
+    products, squares_base, squares_model = _products(operands)
     norm_base, norm_model = math.sqrt(math.fsum(squares_base)), math.sqrt(math.fsum(squares_model))
     if norm_base <= SMALLEST_NORM or norm_model <= SMALLEST_NORM:
         return None
     return max(-1.0, min(1.0, math.fsum(products) / norm_base / norm_model))
+
+
+def _products(operands: Operands) -> Sequence[Sequence[float]]:
+    """Return what Σθ₀θ₁, Σθ₀² and Σθ₁² are the sums of: float64, over short fixed runs of elements."""
+    base, (model,) = operands.base, operands.models
+    if base is not None and fits(base) and fits(model):
+        from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
+
+        sums = np.empty((3, -(-operands.numel // kernels.SUMMED)))
+        if kernels.products(*place_of(base), *place_of(model), operands.numel, sums):
+            return sums.tolist()  # type: ignore[no-any-return]
+    squares_base: list[float] = []
+    squares_model: list[float] = []
+    products: list[float] = []
+    for _, base_piece, (model_piece,) in operands.pieces():
+        assert base_piece is not None
+        # float64, so that neither a square nor the cosine of a small angle is lost; only pieces are ever this wide.
+        wide_base, wide_model = base_piece.double(), model_piece.double()
+        products += partial_sums(wide_base * wide_model)
+        squares_base += partial_sums(wide_base.square_())
+        squares_model += partial_sums(wide_model.square_())
+    return products, squares_base, squares_model
 
 
 def _coefficients(operands: Operands, values: Values, context: TensorContext) -> tuple[float, float] | None:

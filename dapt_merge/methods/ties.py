@@ -7,9 +7,8 @@ nothing to elect, and TIES is task arithmetic on the trimmed task vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,9 @@ from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import TaskVectorSum, Thinning, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
 from dapt_merge.methods.selection import Cutoff, find_cutoff, kept_count, kept_mask
+from dapt_merge.methods.stored_deltas import delta_magnitudes
 from dapt_merge.methods.task_arithmetic import LAMBDA, WEIGHT, cancelled_weight, input_copied, zeroed
 
 DENSITY = Parameter("density", 1.0, "share of the elements of each task vector that is kept", True, low=0, high=1)
@@ -166,14 +167,32 @@ def model_cutoffs(tensors: Sequence[Operands], density: Sequence[float]) -> list
         if share >= 1 or not kept:
             columns.append([None] * len(tensors))
             continue
-        whole = find_cutoff(partial(_every_delta, tensors, position), kept)
+        whole = find_cutoff(delta_magnitudes(tensors, position), kept)
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         columns.append([Cutoff(whole.magnitude_bits, whole.last_tied - start) for start in starts])
     return [tuple(row) for row in zip(*columns, strict=True)]
 
 
-def _every_delta(tensors: Iterable[Operands], position: int) -> Iterator[Tensor]:
-    return chain.from_iterable(operands.deltas(position) for operands in tensors)
+class _Trim(NamedTuple):
+    """What stays of a task vector (None: all of it), and what that is multiplied with."""
+
+    cutoff: Cutoff | None
+    factor: float = 1.0
+
+    def mask(self, delta: Tensor, start: int) -> Tensor:
+        """Return which elements of a 1-d run stay; `start` is the index of its first element."""
+        assert self.cutoff is not None
+        return kept_mask(delta, self.cutoff, start)
+
+
+def _trims(operands: Operands, values: Values, context: TensorContext) -> tuple[_Trim, ...]:
+    trims = [_Trim(cutoff) for cutoff in _cutoffs(operands, values, context)]
+    if not restores_l1(values["rescale"]):
+        return tuple(trims)
+    return tuple(
+        trim if trim.cutoff is None else trim._replace(factor=l1_ratio(operands, position, trim.mask))
+        for position, trim in enumerate(trims)
+    )
 
 
 def _cutoffs(operands: Operands, values: Values, context: TensorContext) -> tuple[Cutoff | None, ...]:
@@ -187,7 +206,7 @@ def _cutoffs(operands: Operands, values: Values, context: TensorContext) -> tupl
         return context.cutoffs
     voters = taking_part(values["weight"], values["density"])
     return tuple(
-        find_cutoff(partial(operands.deltas, position), kept_count(density, operands.numel))
+        find_cutoff(delta_magnitudes([operands], position), kept_count(density, operands.numel))
         if position in voters and density < 1
         else None
         for position, density in enumerate(values["density"])
@@ -196,8 +215,11 @@ def _cutoffs(operands: Operands, values: Values, context: TensorContext) -> tupl
 
 def _dead_knobs(values: Values, count: int) -> list[str]:
     dead = elected_dead_knobs(values, count)
-    if values["trim_scope"] != TRIM_SCOPE.default and all(density in (0, 1) for density in values["density"]):
-        dead.append("trim_scope: density 1 trims nothing, in a tensor or in the whole model")
+    if all(density in (0, 1) for density in values["density"]):
+        if values["trim_scope"] != TRIM_SCOPE.default:
+            dead.append("trim_scope: density 1 trims nothing, in a tensor or in the whole model")
+        if restores_l1(values["rescale"]):
+            dead.append("rescale: density 1 trims nothing")
     return dead
 
 
@@ -210,22 +232,24 @@ def _fused(
     normalize: str | bool,
     elect: str,
     trim_scope: str,
-    measured: tuple[Cutoff | None, ...],
+    rescale: str | bool,
+    measured: tuple[_Trim, ...],
     context: TensorContext,
 ) -> TaskVectorSum:
     voters = taking_part(weight, density)
-    trimmed = [None if measured[position] is None else ToBand(measured[position]) for position in voters]
+    trims = [measured[position] for position in voters]
+    trimmed = [None if trim.cutoff is None else ToBand(trim.cutoff, factor=trim.factor) for trim in trims]
     normalized = normalizes(normalize, len(operands.models))
     return elected_in_one_pass(voters, trimmed, weight, elect=elect, normalize=normalized, lambda_=lambda_)
 
 
 @method(
     "ties",
-    parameters=(WEIGHT, DENSITY, LAMBDA, NORMALIZE, ELECT, TRIM_SCOPE),
+    parameters=(WEIGHT, DENSITY, LAMBDA, NORMALIZE, ELECT, TRIM_SCOPE, RESCALE_SELECTED),
     reference="arXiv:2306.01708",
     elementwise=True,
     dead_knobs=_dead_knobs,
-    measure=_cutoffs,
+    measure=_trims,
     copy_of=elected_copy,
     kernel=_fused,
 )
@@ -239,21 +263,23 @@ def ties(
     normalize: str | bool,
     elect: str,
     trim_scope: str,
-    measured: tuple[Cutoff | None, ...],
+    rescale: str | bool,
+    measured: tuple[_Trim, ...],
     context: TensorContext,
 ) -> Tensor:
     """Trim, elect, merge: keep the ⌊density·n⌋ largest elements of each δᵢ, then `merge_elected`.
 
     Equal magnitudes go to the lower index. A model of weight or density 0 has no vote. One task vector: the trimmed δ
     times its weight; n: the (weighted) mean of those that agree. The paper: `elect: unweighted`, `trim_scope: model`,
-    equal weights, one density for all.
+    equal weights, one density for all. `rescale: l1` is mergekit's: each trimmed δᵢ times Σ|δᵢ|/Σ|trimmed δᵢ|.
     """
     voters = taking_part(weight, density)
     deltas = []
     for position in voters:
-        delta = torch.sub(models[position], base)
-        cutoff = measured[position]
-        deltas.append(delta if cutoff is None else delta.mul_(kept_mask(delta, cutoff, context.offset)))
+        delta, trim = torch.sub(models[position], base), measured[position]
+        if trim.cutoff is not None:
+            delta.mul_(trim.mask(delta, context.offset))
+        deltas.append(delta if trim.factor == 1 else delta.mul_(trim.factor))
     return merge_elected(
         base,
         deltas,
