@@ -16,6 +16,7 @@ _COMMANDS = (
     "corpus",
     "pretrain",
     "inspect",
+    "methods",
     "explain",
     "statistics",
     "merge",
