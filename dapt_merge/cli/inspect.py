@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from dapt_merge.checkpoints import TensorGroup
-    from dapt_merge.inspection import Comparison, Inspection, Place, Summary
+    from dapt_merge.inspection import Comparison, Inspection
 
 
 def inspect(
@@ -35,7 +32,7 @@ def inspect(
     rank (mean effective rank of δ per smaller side of the matrix; it is the exponential of the entropy of the
     normalised singular values), lost (share of the update 0.5·δ that rounding to bfloat16 undoes), slerp (tensors so
     near that it would merge them linearly) and signs (of the elements that several δ move, the share that all of them
-    move in one direction).
+    move in one direction). Of several checkpoints, the tables by group and layer show δ/base of each.
 
     dapt-merge inspect models/base runs/dapt/checkpoint-1440 --heat-map change.png
     """
@@ -56,22 +53,35 @@ def inspect(
     if json:
         print_json(found.to_dict() | {"heat_map": heat_map})
         return
-    for comparison in found.comparisons:
-        for line in _declarations(comparison, found.base):
-            output.print(line, soft_wrap=True, markup=False)
-        for table in (*_tables(found, comparison, all_cells), _rounding_table(found, comparison)):
-            output.print()
-            output.print(table)
-        output.print()
+    _print(found, all_cells)
     if heat_map is not None:
         output.print(str(heat_map), soft_wrap=True, markup=False)
+
+
+def _print(found: Inspection, all_cells: bool) -> None:
+    from dapt_merge.cli.console import output
+    from dapt_merge.reports.change_tables import findings, sign_sentence, tables_of_one, tables_of_several
+
+    for comparison in found.comparisons:
+        for line in (*_declarations(comparison, found.base), *findings(found, comparison)):
+            output.print(line, soft_wrap=True, markup=False)
+        output.print()
+    if len(found.comparisons) == 1:
+        tables = tables_of_one(found, found.comparisons[0], all_cells=all_cells, width=output.width)
+    else:
+        output.print(sign_sentence(found) + "\n", soft_wrap=True, markup=False)
+        tables = tables_of_several(found, all_cells=all_cells, width=output.width)
+    for table in tables:
+        output.print(table)
+        output.print()
 
 
 def _declarations(comparison: Comparison, base: str) -> list[str]:
     """What differs beside the weights, in sentences."""
     found = comparison.compatibility
     lines = [f"{comparison.label} against {base}"]
-    lines.append(f"vocabulary: {found.vocabulary or 'no difference'}")
+    told = [found.vocabulary or "no difference is known"] if found.tokens is None else found.tokens.sentences()
+    lines += [f"vocabulary: {sentence}" for sentence in told]
     lines += [f"config.json: {d.key} is {d.base} in the base and {d.model} here" for d in found.config]
     if not found.config:
         lines.append("config.json: no setting that both state differs")
@@ -93,88 +103,3 @@ def _declarations(comparison: Comparison, base: str) -> list[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _tables(found: Inspection, comparison: Comparison, all_cells: bool) -> list[Table]:
-    groups = [(kind, found.summary(comparison, lambda group, kind=kind: group.kind == kind)) for kind in found.kinds]  # type: ignore[misc]
-    by_group = _table("group", found, [*groups, ("all", found.summary(comparison))])
-    if all_cells:
-        rows = [
-            (f"{'–' if place.layer is None else found.place_name(place)} {kind}", cell)
-            for place in found.places
-            for kind in found.kinds
-            if (cell := found.cell(comparison, place, kind)) is not None
-        ]
-    else:
-        rows = [(found.place_name(place), found.summary(comparison, _within(place))) for place in found.places]
-    return [by_group, _table("layer", found, rows)]
-
-
-def _within(place: Place) -> Callable[[TensorGroup], bool]:
-    return lambda group: type(place).of(group) == place
-
-
-def _table(heading: str, found: Inspection, rows: Sequence[tuple[str, Summary]]) -> Table:
-    """One line a part of the model; a column only where there is something to say in it."""
-    from rich import box
-    from rich.table import Table
-
-    ranked = any(summary.rank_share is not None for _, summary in rows)
-    signed = any(summary.signs is not None for _, summary in rows)
-    middle = _middle(found)
-    headings = [
-        "δ/base",
-        "cos",
-        "changed",
-        *(["rank"] if ranked else []),
-        "lost",
-        "slerp",
-        *(["signs"] if signed else []),
-    ]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column(heading, no_wrap=True)
-    for name in headings:
-        table.add_column(name, justify="right", overflow="fold")
-    for name, summary in rows:
-        found_here = summary.difference
-        cells = [_share(found_here.relative_norm), _cosine(found_here.cosine), _share(found_here.changed_share)]
-        cells += [_share(summary.rank_share)] if ranked else []
-        cells += [_share(found_here.rounding[middle].lost_share), f"{summary.slerp_fallbacks}/{summary.tensors}"]
-        cells += [_share(None if summary.signs is None else summary.signs.share)] if signed else []
-        table.add_row(name, *cells, style="bold" if name == "all" else None)
-    return table
-
-
-def _rounding_table(found: Inspection, comparison: Comparison) -> Table:
-    """What a bfloat16 output keeps of the update, at each weight."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        title="The update w·δ, rounded to bfloat16",
-        title_justify="left",
-    )
-    for name in ("weight", "elements lost", "relative error"):
-        table.add_column(name, justify="right", overflow="fold")
-    losses = found.summary(comparison).difference.rounding
-    for weight, loss in zip(found.weights, losses, strict=True):
-        error = "–" if loss.relative_error is None else f"{loss.relative_error:.2f}"
-        table.add_row(f"{weight:g}", _share(loss.lost_share), error)
-    return table
-
-
-def _middle(found: Inspection) -> int:
-    return min(range(len(found.weights)), key=lambda index: abs(found.weights[index] - 0.5))
-
-
-def _share(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1%}" if value >= 0.001 or value == 0 else f"{100 * value:.1g}%"
-
-
-def _cosine(value: float | None) -> str:
-    return "–" if value is None else f"{value:.5f}"

@@ -405,3 +405,24 @@ def test_at_an_end_point_every_token_of_the_model_has_its_own_row_byte_for_byte(
     for token, row in lazy.plan.alignment.tokens.items():
         expected = stored[own[token]] if token in own else base_table[base_ids[token]]
         assert torch.equal(merged[row], expected)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_which_tokens_differ_and_that_a_merge_would_be_refused(resized):
+    import typer
+    from typer.testing import CliRunner
+
+    from dapt_merge.cli.inspect import inspect
+
+    app = typer.Typer()
+    app.command()(inspect)
+    arguments = [str(resized[0]), str(resized[1])]
+    shown = CliRunner().invoke(app, arguments).stdout
+    assert "vocabulary: 20 of 20 tokens have the same id in both" in shown
+    assert "vocabulary: 2 only in the model: '<med>' 20, '<pad>' 21" in shown
+    assert "a merge would be refused" in shown
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["dapt"][0]
+    tokens = found["compatibility"]["tokens"]
+    assert (tokens["same"], tokens["only_in_model"], tokens["model_rows"]) == (20, 2, 22)
