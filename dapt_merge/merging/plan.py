@@ -206,6 +206,8 @@ def _job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor, c
     own_names = tensor.stored[-len(models) :]
     renamed = any(stored != tensor.name for stored in tensor.stored)
     target = None if recipe.target is None else _spelled_in(opened, recipe.target)
+    if target is not None:
+        _check_target(opened[target], tensor.stored[0], info)
     layer, num_layers = _place(tensor)
     return TensorJob(
         tensor.name,
@@ -221,6 +223,17 @@ def _job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor, c
         layer=layer,
         num_layers=num_layers,
     )
+
+
+def _check_target(target: Checkpoint, name: str, info: TensorInfo) -> None:
+    """Refuse a target without the base's counterpart of a tensor; of whole models that was checked before."""
+    found = target.tensors.get(name)
+    if found is None or found.shape != info.shape:
+        raise InputError(
+            f"the target has no '{name}'" if found is None else f"'{name}' is {found.shape} there, not {info.shape}",
+            where=f"target {target.label}",
+            remedy="Use a target of the base's architecture and number of layers.",
+        )
 
 
 def _place(tensor: LaidTensor) -> tuple[int | None, int | None]:

@@ -39,6 +39,7 @@ class ResidentMerger:
     Args:
         model: whose parameters are rewritten, each in its own dtype and on its own device; tied ones once.
         checkpoints: reference → checkpoint, all that recipes will name. They are checked against each other here.
+        allow_config_mismatch: take checkpoints whose configurations differ, for recipes that allow it too.
 
     Raises:
         InputError: the checkpoints do not belong together, do not fit the model, or share its memory.
@@ -53,9 +54,16 @@ class ResidentMerger:
         [[1.5, 1.5]]
     """
 
-    def __init__(self, model: PreTrainedModel | torch.nn.Module, checkpoints: Mapping[str, Checkpoint]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | torch.nn.Module,
+        checkpoints: Mapping[str, Checkpoint],
+        *,
+        allow_config_mismatch: bool = False,
+    ) -> None:
         self.checkpoints = keep_computed(with_own_heads(checkpoints))
-        self._agreement = agree(list(self.checkpoints.values()))
+        self._agreement = agree(list(self.checkpoints.values()), allow_mismatch=allow_config_mismatch)
+        self._mismatch_allowed = allow_config_mismatch
         self._live = _live_tensors(model, self._agreement.names)
         self._fingerprints: dict[str, str] = {}
         for checkpoint in self.checkpoints.values():
@@ -92,7 +100,10 @@ class ResidentMerger:
                 where="tokenizer_source" if recipe.tokenizer is None else "tokenizer",
                 remedy="Build the model anew with merge(recipe=…).to_model(), or merge to a folder.",
             )
-        return plan_from(recipe, open_inputs(recipe, self.checkpoints), self._agreement)
+        opened = open_inputs(recipe, self.checkpoints)
+        if self._mismatch_allowed and not recipe.allow_config_mismatch:
+            agree(list(opened.values()))
+        return plan_from(recipe, opened, self._agreement)
 
     def _fingerprint(self, reference: str, checkpoint: Checkpoint) -> str:
         if reference not in self._fingerprints:

@@ -227,6 +227,53 @@ class TestAverage:
         assert caught.value.remedy
 
 
+def stack(folders, *ranges, sources=("base", "one"), **keys):
+    """Slices of the same layers of two models, the first of them the base."""
+    slices = [
+        {"sources": [{"model": str(folders[name]), "layer_range": list(span)} for name in sources]} for span in ranges
+    ]
+    content = {"merge_method": "task_arithmetic", "base_model": str(folders["base"]), "parameters": {"weight": 0.5}}
+    return load_recipe({**content, "slices": slices, **keys})
+
+
+def up(weights, layer):
+    return weights[f"model.layers.{layer}.mlp.up_proj.weight"]
+
+
+class TestInStacks:
+    def test_the_difference_in_each_layer_is_added_to_the_targets_same_layer(self, models, tmp_path):
+        base, one, two = (load_weights(models[name]) for name in ("base", "one", "two"))
+        found, _ = merged(stack(models, (1, 2), (0, 2), target=str(models["two"])), tmp_path / "out")
+        for layer, origin in enumerate((1, 0, 1)):
+            expected = up(two, origin) + 0.5 * (up(one, origin) - up(base, origin))
+            torch.testing.assert_close(up(found, layer), expected, rtol=1e-6, atol=1e-8)
+
+    def test_frozen_tensors_are_the_bases_own_layers_or_the_targets(self, models, tmp_path):
+        base, two = (load_weights(models[name]) for name in ("base", "two"))
+        found, _ = merged(stack(models, (1, 2), (0, 1), freeze=["mlp"]), tmp_path / "out")
+        assert torch.equal(up(found, 0), up(base, 1))
+        assert torch.equal(up(found, 1), up(base, 0))
+        found, _ = merged(stack(models, (1, 2), freeze=["mlp"], target=str(models["two"])), tmp_path / "target")
+        assert torch.equal(up(found, 0), up(two, 1))
+
+    def test_a_target_needs_a_base_in_every_slice(self, models):
+        single = {"sources": ("base",), "merge_method": "passthrough", "parameters": {}}
+        with pytest.raises(InputError, match="this passthrough has no base") as caught:
+            stack(models, (0, 2), target=str(models["two"]), **single)
+        assert "slices.0" in caught.value.where
+
+    def test_a_target_with_fewer_layers_is_told(self, models, tmp_path):
+        short = {name: tensor for name, tensor in random_weights(3).items() if ".1." not in name}
+        target = save_model(tmp_path / "short", short, {**CONFIG, "num_hidden_layers": 1})
+        with pytest.raises(InputError, match="the target has no 'model"):
+            plan_merge(stack(models, (0, 2), target=str(target)))
+
+    def test_a_slice_without_the_base_has_nothing_to_keep_frozen_tensors_at(self, models):
+        made = stack(models, (0, 2), sources=("one", "two"), merge_method="linear", freeze=["mlp"])
+        with pytest.raises(InputError, match="no base among its sources"):
+            plan_merge(made)
+
+
 class TestMismatchAndDtype:
     def test_a_mismatch_is_refused_until_it_is_allowed_and_then_reported(self, models, tmp_path):
         other = save_model(tmp_path / "m", random_weights(1), {**CONFIG, "rope_theta": 5e5})
@@ -236,6 +283,21 @@ class TestMismatchAndDtype:
         assert "allow_config_mismatch" in caught.value.remedy
         plan = plan_merge(recipe(models, models=entries, allow_config_mismatch=True))
         assert any("rope_theta" in warning for warning in plan.warnings)
+
+    def test_a_live_model_takes_them_for_the_recipes_that_allow_it(self, models, tmp_path):
+        from dapt_merge import ResidentMerger, merge, open_checkpoint
+
+        other = save_model(tmp_path / "m", random_weights(1), {**CONFIG, "rope_theta": 5e5})
+        held = {str(models["base"]): open_checkpoint(models["base"]), str(other): open_checkpoint(other)}
+        live = merge(models["base"], models["one"], "linear", weight=0.5).to_model()
+        with pytest.raises(InputError, match="rope_theta"):
+            ResidentMerger(live, held)
+        merger = ResidentMerger(live, held, allow_config_mismatch=True)
+        entries = [{"model": str(other), "parameters": {"weight": 0.5}}]
+        report = merger.apply(recipe(models, models=entries, allow_config_mismatch=True))
+        assert any("rope_theta" in warning for warning in report.warnings)
+        with pytest.raises(InputError, match="rope_theta"):
+            merger.apply(recipe(models, models=entries))
 
     def test_a_working_dtype_of_float32_is_what_happens_anyway(self, models):
         assert recipe_warnings(recipe(models, dtype="float32", out_dtype="bfloat16")) == []

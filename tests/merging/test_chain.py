@@ -74,6 +74,29 @@ def test_overrides_change_the_result_and_a_name_in_front_another(tmp_path):
     assert chain[0].recipe.references() == ("c", "b")
 
 
+def test_other_recipes_outputs_can_be_averaged(models, tmp_path):
+    mean = {"average": {"checkpoints": ["soup", str(models["two"])]}, "parameters": {"weight": 1.0}}
+    last = {"merge_method": "task_arithmetic", "base_model": str(models["base"]), "models": [mean]}
+    merge_chain(load_recipes(written(tmp_path, soup(models["base"], models["one"]), last)), tmp_path / "out")
+    base, one, two, found = (load_weights(f) for f in (models["base"], models["one"], models["two"], tmp_path / "out"))
+    torch.testing.assert_close(found[UP], ((base[UP] + one[UP]) / 2 + two[UP]) / 2, rtol=1e-6, atol=1e-8)
+
+
+def test_both_engines_carry_a_chain_out_and_it_is_verified(models, tmp_path):
+    from dapt_merge.merging.verification import verify_merge
+
+    path = written(tmp_path, soup(models["one"], models["two"]), halfway(models["base"], "soup"))
+    native = merge_chain(load_recipes(path), tmp_path / "native")
+    theirs = merge_chain(load_recipes(path), tmp_path / "theirs", engine="mergekit")
+    assert theirs.engine == "mergekit"
+    assert list(native.inputs) == list(theirs.inputs) == [str(models["base"]), "soup"]
+    found, expected = load_weights(tmp_path / "native"), load_weights(tmp_path / "theirs")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in found)
+    assert verify_merge(tmp_path / "theirs").same
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "recipes.yaml", "theirs"]
+
+
 def test_a_failure_on_the_way_leaves_nothing(models, tmp_path):
     path = written(tmp_path, soup(models["one"], models["two"]), halfway(tmp_path / "nowhere", "soup"))
     with pytest.raises(InputError, match="no such file"):
