@@ -23,7 +23,7 @@ def yaml_block(name: str) -> dict:
 def test_the_pretrain_file_is_a_run():
     from dapt_merge.pretraining import load_pretrain_config
 
-    assert load_pretrain_config(yaml_block("pretrain.yaml")).checkpoints == 8
+    assert load_pretrain_config(yaml_block("pretrain.yaml")).checkpoints.count == 8
 
 
 def test_the_merge_file_is_a_recipe():

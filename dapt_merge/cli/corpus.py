@@ -51,7 +51,7 @@ def build(
     if out is not None:
         loaded = loaded.model_copy(update={"output": out})
     hooks: dict[str, Any] = {
-        "on_progress": _steps(),
+        "on_progress": step_bars(),
         "on_note": lambda text: console.print(escape(text), soft_wrap=True),
     }
     tokenizer = load_tokenizer(loaded)
@@ -92,7 +92,7 @@ def _show(built: Any, as_json: bool, page: bool = False) -> None:
         console.print(f"{escape(str(built.folder / 'manifest.md'))} says what became of every document", soft_wrap=True)
 
 
-def _steps() -> Callable[[str, int, int], None]:
+def step_bars() -> Callable[[str, int, int], None]:
     """Draw one progress line a step: a bar where the total is known, a count where it is not."""
     from contextlib import ExitStack
 

@@ -32,6 +32,9 @@ from dapt_merge.pretraining.weights import gathered, movement, write_weights
 OnProgress = Callable[[int, int], None]
 OnLog = Callable[[dict[str, Any]], None]
 
+# What the process still needs after the last save, to end.
+_SECONDS_TO_END = 3.0
+
 # What a file system takes a second, at least: an estimate of how long saving will take before it was done once.
 _BYTES_PER_SECOND = 200e6
 
@@ -251,7 +254,8 @@ class RunRecorder(TrainerCallback):
             return True
         if self._deadline is None:
             return False
-        return time.monotonic() + self._longest_step + 1.5 * self._longest_save >= self._deadline
+        needed = self._longest_step + 1.5 * self._longest_save + _SECONDS_TO_END
+        return time.monotonic() + needed >= self._deadline
 
     def _save_is_due(self) -> bool:
         minutes = self._config.save_every_minutes

@@ -43,6 +43,7 @@ def pretrain(
     *,
     overwrite: bool = False,
     time_limit_seconds: float | None = None,
+    on_corpus: Callable[[str, int, int], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -53,6 +54,7 @@ def pretrain(
         config: the run; `output` is required here.
         overwrite: start again when the folder holds another run.
         time_limit_seconds: save the state and stop before so many seconds from now have passed.
+        on_corpus: called with (step, done, total) while the corpus is built (see `corpus.build_corpus`).
         on_progress: called with (tokens done, tokens in all).
         on_log: called with every line of `log.jsonl`.
         on_note: called with sentences that the user should see: a fallback, a repeated corpus, a complete run.
@@ -72,7 +74,7 @@ def pretrain(
             note(f"the run in {run.path} is complete; nothing to do")
             return list(run.checkpoints().values())
         with _transformers_bars_off():
-            return _train(config, run, inputs, _Hooks(on_progress, on_log, note, deadline), started)
+            return _train(config, run, inputs, _Hooks(on_corpus, on_progress, on_log, note, deadline), started)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class _Inputs:
 
 @dataclass(frozen=True)
 class _Hooks:
+    on_corpus: Callable[[str, int, int], None] | None
     on_progress: Callable[[int, int], None] | None
     on_log: Callable[[dict[str, Any]], None] | None
     note: Callable[[str], None]
@@ -217,7 +220,11 @@ def _build(config: PretrainConfig, inputs: _Inputs, hooks: _Hooks) -> BuiltCorpu
     from dapt_merge.corpus import build_corpus
 
     corpus = build_corpus(
-        config.corpus_config(), inputs.tokenizer, rows_multiple=config.batch_sequences, on_note=hooks.note
+        config.corpus_config(),
+        inputs.tokenizer,
+        rows_multiple=config.batch_sequences,
+        on_progress=hooks.on_corpus,
+        on_note=hooks.note,
     )
     _refuse_mismatch(config, inputs.base, corpus.highest_id)
     return corpus
