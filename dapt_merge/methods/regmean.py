@@ -19,6 +19,7 @@ from dapt_merge.methods.pieces import is_finite
 from dapt_merge.methods.registry import method
 
 _RIDGE = 1e-6
+_HELD = "the text left directions unused; they were held at the mean"
 
 
 def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:
@@ -78,13 +79,31 @@ def _summed(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _solved(total: Tensor, pulls: Tensor, context: TensorContext) -> Tensor:
-    """Return pulls·total⁻¹; unused directions, in which total is singular, are held in place by a small ridge."""
-    factor, failed = torch.linalg.cholesky_ex(total)
-    if int(failed):
-        context.notes["ridge"] = "the text left directions unused; they were held at the mean"
-        ridge = _RIDGE * float(total.diagonal().mean())
-        factor = torch.linalg.cholesky(total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device))
-    return torch.cholesky_solve(pulls.t(), factor).t()
+    """Return pulls·total⁻¹, solved in units in which every input has the same size: some are a thousand times others.
+
+    Directions that no text used, in which total is singular, are held in place by a small ridge.
+    """
+    scale = total.diagonal().sqrt()
+    unit = torch.where(scale > 0, 1 / scale, 1.0)
+    correlations = total * unit[:, None] * unit
+    correlations.diagonal().fill_(1)  # of an input that is always 0, too: nothing pulls at it
+    if not bool((scale > 0).all()):
+        context.notes["ridge"] = _HELD
+    factor = _factor(correlations, context)
+    return torch.cholesky_solve((pulls * unit).t(), factor).t() * unit
+
+
+def _factor(correlations: Tensor, context: TensorContext) -> Tensor:
+    """Return the Cholesky factor, of as little ridge as makes no input a sum of the others up to rounding."""
+    ridge = 0.0
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(correlations)
+        # A pivot is the share of an input that those before it do not explain; rounding alone can make it positive.
+        if not int(failed) and float(factor.diagonal().min()) ** 2 >= (ridge / 2 or _RIDGE):
+            return factor
+        context.notes["ridge"] = _HELD
+        ridge = 10 * ridge or _RIDGE
+        correlations.diagonal().fill_(1 + ridge)
 
 
 def _gram(model: Tensor, position: int, alpha: float, context: TensorContext) -> Tensor | None:

@@ -78,6 +78,35 @@ def test_directions_that_no_text_used_stay_at_the_mean_and_the_notes_say_so():
     assert "never reached" in str(context.notes["fallback"])
 
 
+@given(SEEDS, st.floats(0.5, 1), st.integers(2, 4))
+def test_an_input_that_is_always_0_changes_nothing_for_the_others_however_small_they_are(seed, alpha, dead):
+    """Inputs of language models differ by factors of thousands; none of them may be taken for noise."""
+    models, inputs = draw_tensors(seed, (4, 5), 2), draw_inputs(seed, 5, 2)
+    small = [x * np.array([1e3, 1e-3, 1.0, 1e-2, 10.0]) for x in inputs]
+    without = [gram(np.delete(x, dead, axis=1)) for x in small]
+    for x in small:
+        x[:, dead] = 0
+    alone = [model[:, [place for place in range(5) if place != dead]] for model in models]
+    expected = merge_with(alone, without, alpha=alpha)
+    merged = merge_with(models, [gram(x) for x in small], alpha=alpha)
+    left = merged[:, [place for place in range(5) if place != dead]]
+    assert_close(left, expected, [torch.full((4, 4), float(expected.abs().max()))], relative=1e-3)
+    assert_close(merged[:, dead], sum(wide(model[:, dead]) for model in models) / 2, [models[0][:, dead]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_singular_matrix_that_rounding_makes_solvable_moves_nothing_along_its_unused_directions(seed):
+    """Inputs 0 and 1 are always equal, so that their difference is never used: there the models' mean remains."""
+    models, inputs = draw_tensors(seed, (4, 6), 2), draw_inputs(seed, 6, 2)
+    for x in inputs:
+        x[:, 1] = x[:, 0]
+    context = TensorContext("w")
+    merged = wide(merge_with(models, [gram(x) for x in inputs], context, alpha=1))
+    mean = sum(wide(model) for model in models) / 2
+    assert merged[:, 0] - merged[:, 1] == pytest.approx(mean[:, 0] - mean[:, 1], abs=1e-4)
+    assert "ridge" in context.notes
+
+
 @given(SEEDS)
 def test_equal_inputs_give_the_mean_and_equal_models_stay_as_they_are(seed):
     models, (inputs,) = draw_tensors(seed, (4, 5), 3), draw_inputs(seed, 5, 1)
