@@ -39,7 +39,7 @@ def merge_with_mergekit(
     overwrite: bool = False,
     given: Mapping[str, Path] | None = None,
     recipe_text: str | None = None,
-    steps: Sequence[Mapping[str, Any]] = (),
+    steps: Sequence[dict[str, Any]] = (),
 ) -> MergeReport:
     """Let mergekit merge, and write its model, with recipe, report and card beside it, as `out`.
 
@@ -57,8 +57,10 @@ def merge_with_mergekit(
     refuse_existing(out, overwrite)
     started = time.monotonic()
     places = given or {}
-    content = mergekit_content(relocated(recipe, lambda reference: str(places.get(reference, reference))))
-    opened = {name: open_checkpoint(places.get(name, name), name) for name in recipe.references()}  # and no pickles
+    placed = relocated(recipe, lambda reference: str(places.get(reference, reference)))
+    content = mergekit_content(placed)
+    names = zip(recipe.references(), placed.references(), strict=True)
+    opened = {name: open_checkpoint(place, name) for name, place in names}  # and no pickles
     for reference, checkpoint in opened.items():
         _refuse_input_as_output(checkpoint.folder, reference, Path(out))
     with atomic_folder(out, overwrite=overwrite) as folder:
@@ -76,7 +78,7 @@ def _report(
     result: Checkpoint,
     out: Path,
     started: float,
-    steps: Sequence[Mapping[str, Any]],
+    steps: Sequence[dict[str, Any]],
 ) -> MergeReport:
     inputs = {reference: checkpoint.fingerprint() for reference, checkpoint in opened.items()}
     return MergeReport(

@@ -330,6 +330,10 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Ch
 def _open(reference: str, recipe: Recipe, base: Checkpoint | None, given: Mapping[str, Checkpoint]) -> Checkpoint:
     entry = next((entry for entry in recipe.entries() if entry.average and entry.reference == reference), None)
     if entry is None or entry.average is None:
+        model, _, adapter = reference.rpartition("+")
+        under = given.get(os.path.normpath(model)) if model else None
+        if under is not None and under.folder is not None:  # an adapter on another recipe's output
+            return open_checkpoint(f"{under.folder}+{adapter}", reference)
         return open_checkpoint(reference, base=base)
     members: list[Path] = [Path(path) for path in entry.average.checkpoints or run_checkpoints(Path(entry.model))]
     window = entry.average.window

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dapt_merge.methods.contract import Parameter
-from dapt_merge.recipe.parts import INERT_PARAMETERS, Part, is_inert
+from dapt_merge.recipe.parts import INERT_PARAMETERS, Part, is_inert, sections_of
 from dapt_merge.recipe.resolving import resolve
 from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import read_setting
@@ -19,6 +19,7 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     """Return one sentence for each thing that the recipe's author should know before the merge, or an empty list."""
     found = [
         *_inert_parameters(recipe),
+        *_unused_keys(recipe),
         *_defaults_unlike_mergekits(recipe),
         *_overruled_settings(recipe),
         *_dead_knobs(recipe),
@@ -35,6 +36,12 @@ def _inert_parameters(recipe: Recipe) -> Iterator[str]:
     for name, (why, _) in INERT_PARAMETERS.items():
         if is_inert(name, recipe.method) and any(name in block for block in blocks):
             yield f"'{name}' has no effect here: {why}."
+
+
+def _unused_keys(recipe: Recipe) -> Iterator[str]:
+    slices = [slice_ for section in sections_of(recipe) for slice_ in section.slices or ()]
+    if any(slice_.residual_weight is not None for slice_ in slices):
+        yield "'residual_weight' has no effect: mergekit reads it and uses it nowhere."
 
 
 def _defaults_unlike_mergekits(recipe: Recipe) -> Iterator[str]:
@@ -150,7 +157,7 @@ def _linear_complement(recipe: Recipe) -> Iterator[str]:
                 " and leaves the base the rest of the weight (WiSE-FT); mergekit would average the base in with the"
                 " same global weight. To choose, give each model its own weight, or list the base among the models too."
             )
-        if any(clause.anchors != (True,) for chain in part.clauses["normalize"] for clause in chain[:-1]):
+        if any(clause.anchors != (True,) for chain in part.clauses["normalize"] for clause in chain):
             yield (
                 f"'normalize' has no effect: with base_model '{recipe.base_model}' not among the models, linear moves"
                 " from the base towards them, and the base takes what the weights leave (WiSE-FT). For a plain sum,"

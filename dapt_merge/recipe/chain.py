@@ -64,11 +64,11 @@ def load_recipes(source: str | Path, overrides: Sequence[str] = ()) -> list[Name
 
 def _name(document: Mapping[str, Any], path: Path, index: int) -> str | None:
     name = document.get("name")
-    if name is not None and (not isinstance(name, str) or not name or "." in name or "/" in name):
+    if name is not None and (not isinstance(name, str) or not name or set(name) & set("+@=")):
         raise InputError(
             f"the name of recipe {index + 1} is {name!r}",
             where=f"{path}: name",
-            remedy="Give a word without dots and slashes.",
+            remedy="Give a text without +, @ and =; quote a number.",
         )
     return name
 
@@ -82,8 +82,9 @@ def _build(
 
 
 def _own(overrides: Sequence[str], name: str | None, names: Sequence[str | None], is_result: bool) -> list[str]:
-    """Return the overrides that are meant for one recipe, without its name in front."""
-    addressed = {text: next((n for n in names if n and text.startswith(f"{n}.")), None) for text in overrides}
+    """Return the overrides that are meant for one recipe, without its name in front (the longest that fits)."""
+    known = sorted((known for known in names if known), key=len, reverse=True)
+    addressed = {text: next((n for n in known if text.startswith(f"{n}.")), None) for text in overrides}
     mine = [text for text, whose in addressed.items() if (whose is None and is_result) or (whose == name and name)]
     return [text.removeprefix(f"{name}.") if addressed[text] else text for text in mine]
 
@@ -93,6 +94,7 @@ def _result(documents: Sequence[Mapping[str, Any]], names: Sequence[str | None],
     if None in names:
         return None
     mentioned = {text for document in documents for text in _texts({**document, "name": None})}
+    mentioned |= {text.rpartition("+")[0] for text in mentioned}
     free = [name for name in names if name not in mentioned]
     if len(free) != 1:
         raise InputError(
@@ -140,4 +142,5 @@ def _in_order(recipes: Mapping[str | None, NamedRecipe], final: str | None, path
 
 def _used(recipe: Recipe) -> set[str]:
     members = {member for e in recipe.entries() if e.average for member in e.average.checkpoints or ()}
-    return {*recipe.references(), *members}
+    named = {*recipe.references(), *members}
+    return named | {reference.rpartition("+")[0] for reference in named}  # the model under an adapter

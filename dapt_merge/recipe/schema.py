@@ -141,6 +141,8 @@ class Slice(BaseModel):
 
     sources: list[SliceSource] = Field(min_length=1)
     base_model: str | None = Field(default=None, min_length=1)
+    # mergekit reads it and uses it nowhere.
+    residual_weight: float | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 

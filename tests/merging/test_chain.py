@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -97,6 +99,31 @@ def test_both_engines_carry_a_chain_out_and_it_is_verified(models, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "recipes.yaml", "theirs"]
 
 
+def test_names_may_have_dots_and_slashes_as_model_names_do(tmp_path):
+    path = written(tmp_path, soup("a", "b", name="us/soup-v0.1"), halfway("base", "us/soup-v0.1"))
+    chain = load_recipes(path, ["us/soup-v0.1.parameters.weight=2"])
+    assert chain[0].recipe.parameters == {"weight": 2}
+
+
+def test_an_adapter_can_stand_on_another_recipes_output(models, tmp_path):
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    place = "base_model.model.model.layers.0.mlp.up_proj"
+    save_file(
+        {f"{place}.lora_A.weight": torch.ones(1, 32), f"{place}.lora_B.weight": torch.ones(48, 1)},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["up_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    path = written(tmp_path, soup(models["one"], models["two"]), halfway(models["base"], f"soup+{adapter}"))
+    merge_chain(load_recipes(path), tmp_path / "out")
+    base, one, two, found = (load_weights(f) for f in (models["base"], models["one"], models["two"], tmp_path / "out"))
+    adapted = (one[UP] + two[UP]) / 2 + 1
+    torch.testing.assert_close(found[UP], base[UP] + 0.5 * (adapted - base[UP]), rtol=1e-6, atol=1e-7)
+
+
 def test_a_failure_on_the_way_leaves_nothing(models, tmp_path):
     path = written(tmp_path, soup(models["one"], models["two"]), halfway(tmp_path / "nowhere", "soup"))
     with pytest.raises(InputError, match="no such file"):
@@ -113,7 +140,8 @@ def test_a_failure_on_the_way_leaves_nothing(models, tmp_path):
         ([soup("a", "y", name="x"), soup("a", "x", name="y")], "each is used by another"),
         ([soup("a", "b", name="x"), soup("a", "c", name="y")], "x, y"),
         ([soup("a", "b"), halfway("a", "c")], "nothing uses the recipe 'soup'"),
-        ([soup("a", "b", name="x.y"), halfway("a", "x.y")], "the name of recipe 1"),
+        ([soup("a", "b", name="x+y"), halfway("a", "x+y")], "the name of recipe 1"),
+        ([soup("a", "b", name=7), halfway("a", "7")], "the name of recipe 1 is 7"),
         ([soup("a", "b", merge_metod="x"), halfway("a", "soup")], "Did you mean 'merge_method'?"),
         ([["a"], halfway("a", "b")], "holds a list"),
     ],

@@ -72,6 +72,65 @@ def test_linear_with_a_global_weight_and_an_unlisted_base_is_told_apart_from_mer
     assert "WiSE-FT" in found[0]
 
 
+def test_linear_whose_base_takes_the_rest_says_before_the_merge_that_normalize_does_nothing():
+    text = "merge_method: linear\nbase_model: b\nmodels: [{model: d, parameters: {weight: 0.3}}]\n"
+    found = warnings(text + "parameters: {normalize: false}\n")
+    assert len(found) == 1
+    assert found[0].startswith("'normalize' has no effect")
+    assert warnings(text) == []
+    listed = "merge_method: linear\nbase_model: b\nmodels: [{model: b}, {model: d}]\n"
+    assert warnings(listed + "parameters: {weight: 0.5, normalize: false}\n") == []
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_what_random_dropping_is_made_up_by_is_told_until_the_recipe_chooses(method):
+    text = f"merge_method: {method}\n{TWO}parameters: {{weight: 0.5, density: 0.4, normalize: true, epsilon: 0.1"
+    text = text if method.startswith("della") else text.replace(", epsilon: 0.1", "")
+    found = warnings(text + "}\n")
+    assert len(found) == 1
+    assert "rescale: expectation" in found[0]
+    assert "rescale: l1" in found[0]
+    for choice in ("expectation", "l1", "true", "false"):
+        assert warnings(text + f", rescale: {choice}}}\n") == []
+
+
+def test_nothing_dropped_needs_nothing_told_of_its_rescaling():
+    found = warnings("merge_method: dare_linear\nparameters: {weight: 0.5}\n" + TWO)
+    assert not any("rescale: l1" in warning for warning in found)
+
+
+def test_mergekits_defaults_are_those_that_the_warnings_name():
+    from mergekit.merge_methods import registry
+
+    def default(method, name):
+        return next(p.default for p in registry.get(method).spec.parameters if p.name == name)
+
+    for method in ("dare_linear", "dare_ties", "della", "della_linear"):
+        assert default(method, "rescale") is True
+    for method, normalize in {"dare_ties": False, "breadcrumbs_ties": False, "ties": True, "della": True}.items():
+        assert default(method, "normalize") is normalize
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "breadcrumbs_ties"])
+def test_a_division_that_mergekit_does_not_do_is_told_until_the_recipe_chooses(method):
+    text = f"merge_method: {method}\n{TWO}parameters: {{weight: 0.5, density: 0.5, rescale: l1"
+    assert ["normalize" in warning for warning in warnings(text + "}\n")] == [True]
+    assert warnings(text + ", normalize: true}\n") == []
+
+
+@pytest.mark.parametrize("setting", ["density: 0.5", "rescale: true", "int8_mask: true"])
+def test_what_mergekit_takes_for_task_arithmetic_and_does_not_use_is_taken_and_reported(setting):
+    found = warnings(f"merge_method: task_arithmetic\n{ONE}parameters: {{{setting}}}\n")
+    assert len(found) == 1
+    assert f"'{setting.partition(':')[0]}' has no effect" in found[0]
+
+
+def test_a_slices_residual_weight_is_taken_and_reported():
+    source = "{sources: [{model: a, layer_range: [0, 1]}], residual_weight: 0.5}"
+    found = warnings(f"merge_method: passthrough\nslices: [{source}]\n")
+    assert found == ["'residual_weight' has no effect: mergekit reads it and uses it nowhere."]
+
+
 def test_mergekits_linear_gives_an_unlisted_base_the_global_weight():
     """The behaviour that the warning above describes."""
     from mergekit.config import ConfigReader, InputSliceDefinition, MergeConfiguration, OutputSliceDefinition
