@@ -3,9 +3,17 @@
 A `Recipe` that exists is a valid one: its keys, parameters, types and ranges were checked when it was made. This
 package knows the methods' declarations and the names of tensors; it opens no checkpoint and computes no merge.
 
-Differences from mergekit that are deliberate: an unknown key is an error; a gradient gives `lm_head` and the final norm
-its last value (`gradient_outer: mergekit` restores the first); `linear` with a `base_model` that is not among `models`
-keeps the rest of the weight on the base (WiSE-FT); arithmetic is always float32, so `dtype` is the dtype of the output.
+Differences from mergekit that are deliberate:
+- an unknown key, parameter or value is an error, with the nearest known one;
+- a gradient gives `lm_head` and the final norm its last value (`gradient_outer: mergekit` restores the first);
+- `linear` with a `base_model` that is not among `models` keeps the rest of the weight on the base (WiSE-FT);
+- arithmetic is always float32, so `dtype` is the dtype of the output;
+- `normalize` of the methods that elect signs is `auto`: true with two or more task vectors, false with one, whose weight
+  it would cancel (mergekit: always true for ties and della, always false for dare_ties and breadcrumbs_ties);
+- `rescale` of dare and della is `expectation`, the papers' 1/density (mergekit: `l1`);
+- of several recipes in a file one output is kept; a module that a recipe leaves out is an error.
+All but the first and last are said in a merge's warnings wherever they change a result and the recipe does not choose;
+of `normalize`, with two or more task vectors.
 """
 
 from dapt_merge.recipe.advice import recipe_warnings
