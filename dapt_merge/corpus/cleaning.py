@@ -28,6 +28,7 @@ from dapt_merge.corpus.config import Clean, NearDuplicates
 from dapt_merge.corpus.contamination import Contact, Detector
 from dapt_merge.corpus.filters import language_fault, quality_fault
 from dapt_merge.corpus.reading import Document
+from dapt_merge.corpus.shingles import folded, runs_of, signature
 
 EMPTY = "empty"
 _SHOWN_LINES = 20
@@ -55,7 +56,6 @@ class CleaningCounts:
 
     read: int = 0
     read_characters: int = 0
-    kept_characters: int = 0
     unicode: CharacterLosses = field(default_factory=CharacterLosses)
     whitespace: CharacterLosses = field(default_factory=CharacterLosses)
     boilerplate_lines: Counter[str] = field(default_factory=Counter)
@@ -67,7 +67,6 @@ class CleaningCounts:
         """Add the counts of another batch."""
         self.read += other.read
         self.read_characters += other.read_characters
-        self.kept_characters += other.kept_characters
         self.unicode.merge(other.unicode)
         self.whitespace.merge(other.whitespace)
         self.boilerplate_lines.update(other.boilerplate_lines)
@@ -141,20 +140,20 @@ def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:
         counts.read += 1
         counts.read_characters += len(document.text)
         text = _repaired(document.text, counts)
-        fault = _fault(text, language)
+        words = folded(text)
+        fault = _fault(text, words, language)
         if fault:
             left.append(Left(fault, document.file, document.number))
         else:
-            kept.append((text, document))
-            counts.kept_characters += len(text)
-    texts = [text for text, _ in kept]
-    contacts = [_detector.contact(text) for text in texts] if _detector is not None else []
+            kept.append((text, words, document))
+    texts = [text for text, _, _ in kept]
+    contacts = [_detector.contact(words) for _, words, _ in kept] if _detector is not None else []
     counts.boilerplate_lines = Counter(dict(counts.boilerplate_lines.most_common(10 * _SHOWN_LINES)))
     return CleanBatch(
         texts=texts,
-        places=[(document.file, document.number) for _, document in kept],
+        places=[(document.file, document.number) for _, _, document in kept],
         digests=np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], dtype=np.uint64),
-        signatures=_signatures(texts),
+        signatures=_signatures([words for _, words, _ in kept]),
         contacts={number: contact for number, contact in enumerate(contacts) if contact is not None},
         left=left,
         counts=counts,
@@ -188,23 +187,22 @@ def _repaired(text: str, counts: CleaningCounts) -> str:
     return text
 
 
-def _fault(text: str, language: str | None) -> str | None:
+def _fault(text: str, words: str, language: str | None) -> str | None:
     if not text or text.isspace():
         return EMPTY
     clean = _treatment.clean
     if clean is None:
         return None
-    fault = quality_fault(text, clean.quality) if clean.quality is not None else None
+    fault = quality_fault(text, words, clean.quality) if clean.quality is not None else None
     if fault is None and clean.language is not None and language is not None:
         fault = language_fault(text, language, clean.language)
     return fault
 
 
 def _signatures(texts: Sequence[str]) -> np.ndarray | None:
+    """Return the signatures of texts given as their words."""
     near = _treatment.near
     if near is None:
         return None
-    from dapt_merge.corpus.shingles import shingles, signature
-
-    rows = [signature(shingles(text, near.ngram), near.permutations) for text in texts]
+    rows = [signature(runs_of(words, near.ngram), near.permutations) for words in texts]
     return np.stack(rows) if rows else np.empty((0, near.permutations), dtype=np.uint32)

@@ -149,9 +149,8 @@ class Detector:
             self._sizes = stored["sizes"]
         self._minimum_share = minimum_share
 
-    def contact(self, text: str) -> Contact | None:
-        """Return what a text shares with items, or None."""
-        words = folded(text)
+    def contact(self, words: str) -> Contact | None:
+        """Return what a text, given as its `folded` words, shares with items, or None."""
         count = words.count(" ") + 1
         found: Counter[int] = Counter()
         shared = ""

@@ -10,20 +10,28 @@ import re
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from dapt_merge.corpus.config import LanguageFilter, Quality
+from dapt_merge.corpus.shingles import runs_of
 
 _NO_SYMBOLS = re.compile(r"[^\W_]+|\s+")
 _REPETITION_NGRAM = 3
 _REPETITION_FROM_WORDS = 50
-# A language shows in the first page; reading the rest of a book tells no more.
-_LANGUAGE_CHARACTERS = 2000
+# Some lines from the start, the middle and the end tell a language; reading all of a book tells no more.
+_LANGUAGE_CHARACTERS = 200
 
 
-def quality_fault(text: str, bounds: Quality) -> str | None:
+def quality_fault(text: str, words: str, bounds: Quality) -> str | None:
     """Return the name of the first bound that a text is outside of, or None.
 
+    Args:
+        text: a document.
+        words: its words, `shingles.folded`.
+        bounds: what a document may look like.
+
     Example:
-        >>> quality_fault("ok", Quality()), quality_fault("| -- | -- | " * 9, Quality())
+        >>> quality_fault("ok", "ok", Quality()), quality_fault("| -- | -- | " * 9, "", Quality())
         ('shorter than minimum_characters', 'above maximum_symbol_share')
     """
     if bounds.minimum_characters is not None and len(text) < bounds.minimum_characters:
@@ -32,7 +40,7 @@ def quality_fault(text: str, bounds: Quality) -> str | None:
         return "longer than maximum_characters"
     if bounds.maximum_symbol_share is not None and symbol_share(text) > bounds.maximum_symbol_share:
         return "above maximum_symbol_share"
-    if bounds.maximum_repetition_share is not None and repetition(text) > bounds.maximum_repetition_share:
+    if bounds.maximum_repetition_share is not None and repetition(words) > bounds.maximum_repetition_share:
         return "above maximum_repetition_share"
     return None
 
@@ -44,24 +52,32 @@ def symbol_share(text: str) -> float:
         >>> symbol_share("0,5 µg")
         0.2
     """
-    visible = sum(len(word) for word in text.split())
+    visible = len("".join(text.split()))
     return len(_NO_SYMBOLS.sub("", text)) / visible if visible else 0.0
 
 
-def repetition(text: str) -> float:
-    """Return the share of word trigrams that occurred in the text before; 0 below 50 words."""
-    from dapt_merge.corpus.shingles import repetition_share, shingles
-
-    hashes = shingles(text, _REPETITION_NGRAM)
-    return repetition_share(hashes) if len(hashes) + _REPETITION_NGRAM - 1 >= _REPETITION_FROM_WORDS else 0.0
+def repetition(words: str) -> float:
+    """Return the share of trigrams that occurred before among the words of a `folded` text; 0 below 50 words."""
+    hashes = runs_of(words, _REPETITION_NGRAM)
+    if len(hashes) + _REPETITION_NGRAM - 1 < _REPETITION_FROM_WORDS:
+        return 0.0
+    return 1 - len(np.unique(hashes)) / len(hashes)
 
 
 def language_fault(text: str, language: str, bounds: LanguageFilter) -> str | None:
     """Return `"language: xx"` when a text is, with the probability asked for, in another language than told."""
     if len(text) < bounds.minimum_characters:
         return None
-    found, probability = _identifier().classify(text[:_LANGUAGE_CHARACTERS])
+    found, probability = _identifier().classify(_excerpts(text))
     return f"language: {found}" if found != language and probability >= bounds.minimum_probability else None
+
+
+def _excerpts(text: str) -> str:
+    size = _LANGUAGE_CHARACTERS
+    if len(text) <= 3 * size:
+        return text
+    middle = (len(text) - size) // 2
+    return f"{text[:size]} {text[middle : middle + size]} {text[-size:]}"
 
 
 @cache

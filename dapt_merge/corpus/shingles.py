@@ -153,8 +153,3 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
         union += 1
         shared += in_one and in_other
     return shared / union if union else 0.0
-
-
-def repetition_share(hashes: np.ndarray) -> float:
-    """Return the share of a text's word runs that have occurred in it before; 0 without any."""
-    return 1 - len(np.unique(hashes)) / len(hashes) if len(hashes) else 0.0

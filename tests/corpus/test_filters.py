@@ -11,6 +11,7 @@ from small_corpora import texts
 from dapt_merge.corpus.boilerplate import LineCounter, line_hash, without_boilerplate
 from dapt_merge.corpus.config import Boilerplate, LanguageFilter, Quality
 from dapt_merge.corpus.filters import language_fault, quality_fault, repetition, symbol_share
+from dapt_merge.corpus.shingles import folded
 
 PROSE = (
     "Le paracétamol est un antalgique de palier 1 : 500 mg à 1 g par prise, sans dépasser 4 g par jour chez l'adulte ; "
@@ -24,7 +25,7 @@ ENGLISH = (
 
 def test_ordinary_prose_passes_all_filters() -> None:
     for text in (PROSE, ENGLISH, *texts(20, 1)):
-        assert quality_fault(text, Quality()) is None
+        assert quality_fault(text, folded(text), Quality()) is None
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_ordinary_prose_passes_all_filters() -> None:
     ],
 )
 def test_a_bound_strikes_where_it_is_set(text: str, bounds: Quality, fault: str | None) -> None:
-    assert quality_fault(text, bounds) == fault
+    assert quality_fault(text, folded(text), bounds) == fault
 
 
 def test_symbols_are_what_is_neither_letter_nor_digit() -> None:
