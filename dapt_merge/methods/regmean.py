@@ -15,6 +15,7 @@ from torch import Tensor
 from dapt_merge.errors import InputError
 from dapt_merge.methods.averaging import affine_combination
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.pieces import is_finite
 from dapt_merge.methods.registry import method
 
@@ -41,6 +42,7 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     copy_of=_copy_of,
     dead_knobs=_dead_knobs,
 )
+@one_thread()
 def regmean(
     base: None, models: Sequence[Tensor], *, gram: tuple[str, ...], alpha: float, context: TensorContext
 ) -> Tensor:

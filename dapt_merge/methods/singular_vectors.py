@@ -19,6 +19,7 @@ from torch import Tensor
 from dapt_merge.errors import DaptMergeError
 from dapt_merge.methods.averaging import affine_combination
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
+from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.task_arithmetic import LAMBDA
 
@@ -75,6 +76,7 @@ def _tsv_copy(values: Values, count: int, base_given: bool) -> Source | None:
 
 
 @method("tsv", parameters=(LAMBDA,), reference="arXiv:2412.00081", copy_of=_tsv_copy)
+@one_thread()
 def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: TensorContext) -> Tensor:
     """TSV-Merge: θ₀ + λ·U⊥ΣV⊥ᵀ, from the ⌊rank/T⌋ strongest directions of each of T task vectors.
 
@@ -98,6 +100,7 @@ def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: Tens
 
 
 @method("iso_c", parameters=(LAMBDA,), reference="arXiv:2502.04959 (Iso-C)", copy_of=_copy_at_0)
+@one_thread()
 def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: TensorContext) -> Tensor:
     """Iso-C: θ₀ + λ·σ̄·UVᵀ, where UΣVᵀ = Σδᵢ and σ̄ is the mean of its singular values.
 
@@ -127,6 +130,7 @@ def _dead_common_fraction(values: Values, count: int) -> list[str]:
     copy_of=_copy_at_0,
     dead_knobs=_dead_common_fraction,
 )
+@one_thread()
 def iso_cts(
     base: Tensor, models: Sequence[Tensor], *, lambda_: float, common_fraction: float, context: TensorContext
 ) -> Tensor:

@@ -192,3 +192,19 @@ def test_directions_that_only_rounding_determines_are_counted(name):
     context = TensorContext("w")
     combine(get_method(name), base, [direction, 2 * direction], {}, context)
     assert int(context.notes["undetermined_directions"]) >= 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_number_of_threads_changes_no_bit(name):
+    """Decompositions that are split over threads round differently."""
+    base, *models = draw_tensors(2, (150, 110), 3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(merge(name, base, models))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(result, results[0]) for result in results)
