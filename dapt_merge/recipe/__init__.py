@@ -8,12 +8,12 @@ Differences from mergekit that are deliberate:
 - a gradient gives `lm_head` and the final norm its last value (`gradient_outer: mergekit` restores the first);
 - `linear` with a `base_model` that is not among `models` keeps the rest of the weight on the base (WiSE-FT);
 - arithmetic is always float32, so `dtype` is the dtype of the output;
-- `normalize` of the methods that elect signs is `auto`: true with two or more task vectors, false with one, whose weight
-  it would cancel (mergekit: always true for ties and della, always false for dare_ties and breadcrumbs_ties);
+- `normalize` of the methods that elect signs is `auto`: true with two or more task vectors, false with one, whose
+  weight it would cancel (mergekit: always true for ties and della, always false for dare_ties and breadcrumbs_ties);
 - `rescale` of dare and della is `expectation`, the papers' 1/density (mergekit: `l1`);
 - of several recipes in a file one output is kept; a module that a recipe leaves out is an error.
-All but the first and last are said in a merge's warnings wherever they change a result and the recipe does not choose;
-of `normalize`, with two or more task vectors.
+A merge warns of the gradient, of `linear`, of `rescale`, and of `normalize` with two or more task vectors, wherever they
+change a result and the recipe does not choose.
 """
 
 from dapt_merge.recipe.advice import recipe_warnings
