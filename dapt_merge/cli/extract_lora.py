@@ -47,7 +47,8 @@ def extract_lora(
     if found.left_out:
         console.print(
             f"[yellow]warning:[/] {len(found.left_out)} tensors differ and are not in the adapter (embeddings, norms, "
-            "biases, heads); --keep-whole stores them whole.",
+            f"biases, heads); they hold {found.left_out_share:.1%} of the model's difference. --keep-whole stores them "
+            "whole.",
             soft_wrap=True,
         )
     for line in _summary(found, out):
@@ -58,4 +59,5 @@ def _summary(found: Extraction, out: Path) -> list[str]:
     lines = ["layer  energy kept"]
     lines += [f"{'-' if layer is None else layer!s:>5}  {kept:.1%}" for layer, kept in found.by_layer().items()]
     size = f"{found.bytes_written / 1e6:.2f} MB in {found.seconds:.1f} s"
-    return [*lines, f"{out}: {len(found.matrices)} matrices of rank {found.rank}, {found.kept:.1%} kept, {size}"]
+    kept = f"{found.kept_of_matrices:.1%} of their difference kept, {found.kept:.1%} of the whole model's"
+    return [*lines, f"{out}: {len(found.matrices)} matrices of rank {found.rank}, {kept}; {size}"]

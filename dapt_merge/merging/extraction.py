@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from dapt_merge.atomic import atomic_folder, refuse_existing
-from dapt_merge.checkpoints.adapters import ADAPTER_WEIGHTS, TRANSPOSING_TYPES
+from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRANSPOSING_TYPES
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.threads import map_in_threads
@@ -72,7 +72,20 @@ class Extraction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the account as JSON-ready data."""
-        return asdict(self)
+        shares = {"kept_of_matrices": self.kept_of_matrices, "left_out_share": self.left_out_share}
+        return {**asdict(self), **shares}
+
+    @property
+    def kept_of_matrices(self) -> float:
+        """Share of the squared norm of the adapted matrices' differences that is kept; 1 where there are none."""
+        return _kept(self.matrices) if self.matrices else 1.0
+
+    @property
+    def left_out_share(self) -> float:
+        """Share of the squared norm of all differences that lies in the tensors left out."""
+        lost = math.fsum(norm**2 for norm in self.left_out.values())
+        adapted = math.fsum(matrix.norm**2 * (1 - matrix.kept) for matrix in self.matrices)
+        return lost * (1 - self.kept) / (lost + adapted) if lost else 0.0
 
     def by_layer(self) -> dict[int | None, float]:
         """Return layer → share of the squared norm of its matrices' differences that is kept."""
@@ -227,6 +240,8 @@ def _write(folder: Path, base: Checkpoint, rank: int, found: Sequence[_Piece], t
         inference_mode=True,
     ).save_pretrained(folder)
     save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    # safetensors keeps its file for its owner alone; whoever may read the settings may read the weights.
+    (folder / ADAPTER_WEIGHTS).chmod((folder / ADAPTER_CONFIG).stat().st_mode)
 
 
 def _module(name: str) -> str:

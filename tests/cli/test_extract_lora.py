@@ -43,3 +43,20 @@ def test_json_is_one_document(folders):
     assert account["rank"] == 2
     assert 0 < account["kept"] < 1
     assert account["left_out"] == {}
+
+
+def test_what_is_kept_of_the_matrices_and_of_the_whole_are_told_apart(folders):
+    result = run(folders / "base", folders / "merged", "--rank", 16, "-o", folders / "lora", "--json")
+    account = json.loads(result.stdout)
+    assert account["kept_of_matrices"] == pytest.approx(1, abs=1e-4)
+    assert account["kept"] + account["left_out_share"] == pytest.approx(1, abs=1e-4)
+    assert 0.05 < account["left_out_share"] < 0.95
+    shown = run(folders / "base", folders / "merged", "--rank", 16, "-o", folders / "again")
+    assert "100.0% of their difference kept" in shown.stdout
+    assert f"they hold {account['left_out_share']:.1%} of the model's difference" in " ".join(shown.stderr.split())
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(folders):
+    run(folders / "base", folders / "merged", "--rank", 2, "-o", folders / "lora")
+    modes = {path.stat().st_mode for path in (folders / "lora").iterdir()}
+    assert len(modes) == 1
