@@ -12,7 +12,7 @@ Differences from mergekit that are deliberate:
   weight it would cancel (mergekit: always true for ties and della, always false for dare_ties and breadcrumbs_ties);
 - `rescale` of dare and della is `expectation`, the papers' 1/density (mergekit: `l1`);
 - of several recipes in a file one output is kept; a module that a recipe leaves out is an error.
-A merge warns of the gradient, of `linear`, of `rescale`, and of `normalize` with two or more task vectors, wherever they
+A merge warns of the gradient, of `linear`, of `rescale`, and of `normalize` with two or more task vectors, where they
 change a result and the recipe does not choose.
 """
 
