@@ -129,3 +129,21 @@ def test_random_weights_are_not_of_low_rank():
     """Guards the fixtures: else every energy above would be 1 by construction."""
     delta = random_weights(1)[Q] - random_weights(2)[Q]
     assert torch.linalg.matrix_rank(delta) == 32
+
+
+def test_a_merged_model_with_a_head_of_its_own_comes_back_from_a_tied_base(models, tmp_path):
+    from merging_models import CONFIG
+
+    from dapt_merge import merge
+
+    weights = load_weights(models["one"])
+    own = weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 0.5}
+    untied = save_model(tmp_path / "untied", own, CONFIG | {"tie_word_embeddings": False})
+    extract_lora(open_checkpoint(models["base"]), open_checkpoint(untied), tmp_path / "lora", rank=32, keep_whole=True)
+    again = open_checkpoint(f"{models['base']}+{tmp_path / 'lora'}")
+    assert again.config["tie_word_embeddings"] is False
+    assert set(again.tensors) == set(own)
+    for name, tensor in own.items():
+        torch.testing.assert_close(again.read(name), tensor, rtol=1e-5, atol=1e-6)
+    model = merge(untied, f"{models['base']}+{tmp_path / 'lora'}", "linear", weight=1.0).to_model()
+    torch.testing.assert_close(model.lm_head.weight, own["lm_head.weight"], rtol=1e-5, atol=1e-6)
