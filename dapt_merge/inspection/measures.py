@@ -154,7 +154,8 @@ def measure_difference(
         assert start is not None
         changed += loops.measure(start.numpy(), end.numpy(), scales, sums, counts, squares)
     rounding = (UpdateRounding(*map(int, c), *map(float, s)) for c, s in zip(counts, squares, strict=True))
-    return Difference(base.numel(), changed, *map(float, sums), tuple(rounding))
+    base_squares, model_squares, products, delta_squares = map(float, sums)
+    return Difference(base.numel(), changed, base_squares, model_squares, products, delta_squares, tuple(rounding))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_layers_are_lines_and_with_all_every_group_of_them_is():
     assert "0 attention" not in short
     assert "0 attention" in full
     assert "1 mlp" in full
+
+
+def test_what_to_take_away_is_said_first():
+    told = run("base", "dapt").stdout
+    assert re.search(r"moved by 1\.\d+% of the base's norm; \w+ most \(\d", told)
+    assert re.search(r"in bfloat16 at weight 0\.5, \d+\.?\d*% of the moved elements fall back", told)
+    assert re.search(r"slerp would merge \d of 6 tensors linearly", told)
+
+
+def test_several_checkpoints_have_a_column_each_and_agree_in_sign_as_far_as_is_said():
+    told = run("base", "dapt", "dapt2", "--no-rank").stdout
+    header = next(line for line in told.splitlines() if line.startswith("layer "))
+    assert header.split() == ["layer", "dapt", "dapt2", "signs"]
+    assert "(50.0% if they were unrelated)" in told
+    rows = {line.split()[0]: line.split()[1:3] for line in told.splitlines() if line.startswith(("dapt ", "dapt2 "))}
+    assert 0.8 < float(rows["dapt"][0].rstrip("%")) < 1.2 < 1.6 < float(rows["dapt2"][0].rstrip("%")) < 2.4
 
 
 def test_without_ranks_there_is_no_column_for_them():
