@@ -26,6 +26,18 @@ def test_the_pretrain_file_is_a_run():
     assert load_pretrain_config(yaml_block("pretrain.yaml")).checkpoints.count == 8
 
 
+def test_the_corpus_file_is_a_corpus_and_its_steps_go_into_a_run():
+    from dapt_merge.corpus import load_corpus_config
+    from dapt_merge.pretraining import load_pretrain_config
+
+    content = yaml_block("corpus.yaml")
+    config = load_corpus_config(content)
+    assert [source.role for source in config.sources] == ["domain", "replay"]
+    steps = {key: content[key] for key in ("sources", "clean", "deduplicate", "decontaminate")}
+    run = load_pretrain_config({**yaml_block("pretrain.yaml"), "corpus": steps})
+    assert run.corpus == config.documents
+
+
 def test_the_merge_file_is_a_recipe():
     from dapt_merge.recipe import load_recipe
 

@@ -206,6 +206,8 @@ class CorpusDocuments(_Section):
             given = sum(source.share is not None for source in sources)
             if total > 1 + 1e-9 or (given and given == len(sources) and abs(total - 1) > 1e-9):
                 raise ValueError(f"the shares of the {role} sources add up to {total:g}, expected 1")
+            if role == "replay" and len(sources) == 1 and sources[0].weight != 1.0:
+                raise ValueError("the 'weight' of the only replay source has no effect; set 'replay_share'")
             if given < len(sources) and total > 1 - 1e-9:
                 raise ValueError(f"the shares of the {role} sources leave nothing for those without one")
         return self

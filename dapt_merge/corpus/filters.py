@@ -19,7 +19,7 @@ _NO_SYMBOLS = re.compile(r"[^\W_]+|\s+")
 _REPETITION_NGRAM = 3
 _REPETITION_FROM_WORDS = 50
 # Some lines from the start, the middle and the end tell a language; reading all of a book tells no more.
-_LANGUAGE_CHARACTERS = 200
+_LANGUAGE_CHARACTERS = 120
 
 
 def quality_fault(text: str, words: str, bounds: Quality) -> str | None:

@@ -342,3 +342,12 @@ def test_a_bad_source_is_refused_by_the_command(config_file: Path, tmp_path: Pat
     assert "bad.jsonl" in str(result.exception.where)
     assert result.exception.remedy
     assert not (tmp_path / "out").exists()
+
+
+def test_the_preset_is_a_corpus() -> None:
+    from dapt_merge.presets import preset
+
+    config = load_corpus_config(preset("recipes/corpus-french-biomedical.yaml"))
+    assert [source.role for source in config.sources] == ["domain", "replay"]
+    assert config.clean is not None
+    assert config.decontaminate is not None

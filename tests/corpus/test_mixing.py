@@ -72,6 +72,7 @@ def test_every_token_of_the_budget_has_a_source() -> None:
         ([{"name": "a"}, {"name": "a"}], "called 'a'"),
         ([REPLAY], "no source with the role 'domain'"),
         ([{}, REPLAY], "never be read"),
+        ([{}, {**REPLAY, "weight": 2}], "only replay source"),
     ],
 )
 def test_contradictions_are_refused(sources: list[dict[str, Any]], said: str) -> None:
