@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 _ABOVE_ALL = 1 << 31  # the sign bit of a magnitude is 0
-_SAMPLED = 1 << 14
+_SAMPLED = 1 << 14  # at most, and at most one of so many:
+_SAMPLED_OF = 100
 _FEW = 1 << 16  # so many are always looked at together; of larger tensors, so large a share:
 _FEW_OF = 32
 
@@ -174,7 +175,7 @@ def _borders(magnitudes: Magnitudes, ranks: Sequence[int]) -> list[_Border]:
         if not wide:
             return [_look_inside(magnitudes, interval) for interval in intervals]
         if sample is None:
-            sample = np.sort(magnitudes.sample(_SAMPLED))
+            sample = np.sort(magnitudes.sample(min(_SAMPLED, magnitudes.elements // _SAMPLED_OF + 1)))
         borders = sorted({border for interval in wide for border in interval.guesses(sample)})
         counts = magnitudes.count_from(borders)
         for interval in wide:
