@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "BuiltCorpus",
     "Checkpoint",
+    "CorpusConfig",
     "DaptMergeError",
     "InputError",
     "LazyMerge",
@@ -23,9 +25,11 @@ __all__ = [
     "ResidentMerger",
     "StudyConfig",
     "__version__",
+    "build_corpus",
     "evaluate",
     "export_trial",
     "get_method",
+    "load_corpus_config",
     "load_pretrain_config",
     "load_recipe",
     "load_study_config",
@@ -35,6 +39,7 @@ __all__ = [
     "merge_to_disk",
     "method_names",
     "open_checkpoint",
+    "open_corpus",
     "paired_bootstrap",
     "plan_merge",
     "pretrain",
@@ -44,6 +49,7 @@ __all__ = [
 # Module → the public names that it defines.
 _HOMES = {
     "checkpoints": ("Checkpoint", "open_checkpoint"),
+    "corpus": ("BuiltCorpus", "CorpusConfig", "build_corpus", "load_corpus_config", "open_corpus"),
     "errors": ("DaptMergeError", "InputError"),
     "evaluation": ("evaluate", "load_suite", "paired_bootstrap"),
     "merging": ("LazyMerge", "MergeReport", "ResidentMerger", "merge", "merge_to_disk", "plan_merge"),
@@ -57,6 +63,7 @@ _PLACES["search"] = ("study", "run_study")
 
 if TYPE_CHECKING:
     from dapt_merge.checkpoints import Checkpoint, open_checkpoint
+    from dapt_merge.corpus import BuiltCorpus, CorpusConfig, build_corpus, load_corpus_config, open_corpus
     from dapt_merge.errors import DaptMergeError, InputError
     from dapt_merge.evaluation import evaluate, load_suite, paired_bootstrap
     from dapt_merge.merging import LazyMerge, MergeReport, ResidentMerger, merge, merge_to_disk, plan_merge

@@ -1,16 +1,19 @@
 """A function over a stream of items in several processes: results in the order of the items, memory bounded.
 
-`multiprocessing`'s own `imap` takes the whole stream in before it gives anything out; here no more than a few items a
-process are under way. What the function does is not known here.
+An executor's own `map` takes the whole stream in before it gives anything out; here no more than a few items a process
+are under way. What the function does is not known here.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from dapt_merge.errors import DaptMergeError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -37,16 +40,29 @@ def ordered_map(
         processes: 1 calls the function here.
         prepare: called once in each process, with `prepare_with`, before the first item.
         prepare_with: what `prepare` is given.
+
+    Raises:
+        DaptMergeError: a process was killed.
     """
     if processes == 1:
         prepare(*prepare_with)
         yield from map(function, items)
         return
-    with multiprocessing.get_context().Pool(processes, prepare, prepare_with) as pool:
-        under_way: deque[multiprocessing.pool.AsyncResult[Result]] = deque()
-        for item in items:
-            under_way.append(pool.apply_async(function, (item,)))
-            if len(under_way) >= processes * _UNDER_WAY_PER_PROCESS:
-                yield under_way.popleft().get()
-        while under_way:
-            yield under_way.popleft().get()
+    with ProcessPoolExecutor(processes, initializer=prepare, initargs=prepare_with) as pool:
+        under_way: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                under_way.append(pool.submit(function, item))
+                if len(under_way) >= processes * _UNDER_WAY_PER_PROCESS:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool:
+            raise DaptMergeError(
+                "a process that was cleaning or tokenising the corpus was killed",
+                remedy="If the machine ran out of memory, start again with fewer: processes=1.",
+            ) from None
+        finally:
+            # After a fault nobody takes the results of what is still waiting.
+            for future in under_way:
+                future.cancel()
