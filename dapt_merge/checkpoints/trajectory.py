@@ -25,7 +25,9 @@ def run_checkpoints(run: Path) -> list[Path]:
         digits = folder.name.removeprefix("checkpoint-")
         return int(digits) if digits.isdigit() else math.inf
 
-    found = [folder for folder in run.glob("checkpoint-*") if (folder / "config.json").is_file()]
+    # A full model, or an adapter beside the base that it names.
+    whole = ("config.json", "adapter_config.json")
+    found = [folder for folder in run.glob("checkpoint-*") if any((folder / name).is_file() for name in whole)]
     return sorted(found, key=lambda folder: (step(folder), folder.name))
 
 

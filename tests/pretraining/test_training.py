@@ -13,29 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from running import Stop, assert_same_weights, log_of, stop_at, train, weights
 from tiny_corpora import make_base, notes, write_jsonl
 
 from dapt_merge.errors import DaptMergeError, InputError
-from dapt_merge.pretraining import load_pretrain_config, pretrain, training
-
-
-def train(settings: dict[str, Any], *overrides: str, **options: Any) -> list[Path]:
-    return pretrain(load_pretrain_config(settings, overrides), **options)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+from dapt_merge.pretraining import RunPaused, training
 
 
 def test_a_run_leaves_ordinary_checkpoints_and_a_log(settings: dict[str, Any]) -> None:
@@ -194,30 +176,103 @@ def test_precision_falls_back_only_when_it_is_automatic(monkeypatch: pytest.Monk
     assert len(told) == 2
 
 
-class _Stop(Exception):
-    pass
+VARIANTS = {
+    "fp32": ("precision=fp32",),
+    "bf16-master": ("precision=bf16-master", "micro_batch_tokens=32"),
+    "wsd": ("schedule=wsd", "decay_share=0.5", "warmup_share=0.2"),
+    "adafactor": ("optimizer=adafactor", "precision=bf16-master"),
+    "towards-base": ("decay_towards=base", "weight_decay=10"),
+}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
-@pytest.mark.parametrize("stop_at", [1, 4, 5])
+@pytest.mark.parametrize(
+    ("variant", "step"), [("fp32", 1), ("bf16-master", 4), ("wsd", 5), ("adafactor", 3), ("towards-base", 3)]
+)
 def test_an_interrupted_run_ends_with_the_same_weights(
-    settings: dict[str, Any], tmp_path: Path, stop_at: int, precision: str
+    settings: dict[str, Any], tmp_path: Path, variant: str, step: int
 ) -> None:
-    overrides = [f"precision={precision}", "checkpoints=3"]
+    overrides = [*VARIANTS[variant], "checkpoints=3"]
     whole = train({**settings, "output": str(tmp_path / "whole")}, *overrides)
-
-    def stop(line: dict[str, Any]) -> None:
-        if line["step"] == stop_at:
-            raise _Stop
-
-    with pytest.raises(_Stop):
-        train(settings, *overrides, on_log=stop)
+    with pytest.raises(Stop):
+        train(settings, *overrides, on_log=stop_at(step))
     lines: list[dict[str, Any]] = []
     folders = train(settings, *overrides, on_log=lines.append)
-    assert [line["step"] for line in lines] == list(range(stop_at - stop_at % 2 + 1, 7))
+    assert [line["step"] for line in lines] == list(range(step - step % 2 + 1, 7))
     for one, other in zip(whole, folders, strict=True):
         assert_same_weights(one, other)
     assert [line["step"] for line in log_of(Path(settings["output"]))] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("why", ["time", "termination", "minutes"])
+def test_a_run_goes_on_from_between_its_checkpoints(settings: dict[str, Any], tmp_path: Path, why: str) -> None:
+    """The time limit and SIGTERM save and stop; every so many minutes the state is saved without stopping."""
+    overrides = ["checkpoints=1", "precision=bf16-master"]
+    whole = train({**settings, "output": str(tmp_path / "whole")}, *overrides)
+    run = Path(settings["output"])
+    if why == "minutes":
+        with pytest.raises(Stop):
+            train(settings, *overrides, "save_every_minutes=1e-9", on_log=stop_at(4))
+    else:
+
+        def terminate(line: dict[str, Any]) -> None:
+            if why == "termination" and line["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        limit = 0.1 if why == "time" else None
+        with pytest.raises(RunPaused, match=r"the time was up after step \d of 6") as caught:
+            train(settings, *overrides, time_limit_seconds=limit, on_log=terminate)
+        assert caught.value.exit_code == 75
+    assert not list(run.glob("checkpoint-*"))
+    lines: list[dict[str, Any]] = []
+    assert_same_weights(whole[-1], train(settings, *overrides, on_log=lines.append)[-1])
+    assert lines[0]["step"] == {"time": 2, "termination": 5, "minutes": 5}[why]
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("grid", "steps"), [("{every_tokens: 150}", [3, 5, 6]), ("{at_tokens: [64, 300]}", [1, 5, 6]), ("2", [3, 6])]
+)
+def test_checkpoints_lie_on_a_grid_of_tokens(settings: dict[str, Any], grid: str, steps: list[int]) -> None:
+    folders = train(settings, f"checkpoints={grid}")
+    assert [folder.name for folder in folders] == [f"checkpoint-{step}" for step in steps]
+
+
+def test_a_checkpoint_past_the_end_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="up to 5,000 tokens"):
+        train(settings, "checkpoints={at_tokens: [5000]}")
+
+
+def test_checkpointed_gradients_are_the_same_gradients(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole = train(settings)
+    assert_same_weights(
+        whole[-1], train({**settings, "output": str(tmp_path / "gc")}, "gradient_checkpointing=true")[-1]
+    )
+
+
+def test_the_memory_light_optimizer_learns_and_keeps_no_square_for_each_weight(settings: dict[str, Any]) -> None:
+    train(settings, "optimizer=adafactor", "tokens=1280", "learning_rate=1e-2", "checkpoints=2", on_log=None)
+    lines = log_of(Path(settings["output"]))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
+def test_weight_decay_towards_the_base_keeps_the_model_near_it(
+    settings: dict[str, Any], tmp_path: Path, precision: str
+) -> None:
+    moved = []
+    for number, strength in enumerate([1e-9, 100.0, 900.0]):
+        folders = train(
+            {**settings, "output": str(tmp_path / str(number))},
+            "decay_towards=base",
+            f"weight_decay={strength}",
+            f"precision={precision}",
+            "schedule=constant",
+            "warmup_share=0",
+        )
+        moved.append(json.loads((folders[-1] / "dapt_checkpoint.json").read_text())["relative_delta_norm"])
+    # With lr · λ = 0.9 a step forgets nine tenths of the way that was gone before it.
+    assert moved[0] > moved[1] > moved[2] > 0
+    assert moved[0] > 2 * moved[2]
 
 
 def test_a_checkpoint_whose_state_was_lost_is_made_again(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -229,9 +284,9 @@ def test_a_checkpoint_whose_state_was_lost_is_made_again(settings: dict[str, Any
         if line["step"] == 2:
             os.rename(run / "resume", tmp_path / "state-of-step-2")
         if line["step"] == 4:
-            raise _Stop
+            raise Stop
 
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train(settings, "checkpoints=3", on_log=stop)
     os.rename(run / "resume", tmp_path / "lost")
     os.rename(tmp_path / "state-of-step-2", run / "resume")
@@ -245,17 +300,18 @@ def test_a_folder_in_use_is_refused(settings: dict[str, Any]) -> None:
     def start_again(line: dict[str, Any]) -> None:
         with pytest.raises(InputError, match="another process is training"):
             train(settings)
-        raise _Stop
+        raise Stop
 
-    with pytest.raises(_Stop):
+    with pytest.raises(Stop):
         train(settings, on_log=start_again)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
-def test_kills_at_any_moment_change_nothing(settings: dict[str, Any], tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("variant", ["bf16-master", "wsd", "lora"])
+def test_kills_at_any_moment_change_nothing(settings: dict[str, Any], tmp_path: Path, variant: str) -> None:
     """A real SIGKILL, again and again at different moments, until the run is complete."""
-    overrides = [f"precision={precision}", "tokens=2304", "checkpoints=12", f"cache_folder={tmp_path / 'cache'}"]
+    special = {**VARIANTS, "lora": ("adapter.rank=2", "adapter.dropout=0.1")}[variant]
+    overrides = [*special, "tokens=2304", "checkpoints=12", f"cache_folder={tmp_path / 'cache'}"]
     whole = train({**settings, "output": str(tmp_path / "whole")}, *overrides)
     run = Path(settings["output"])
     (tmp_path / "settings.json").write_text(json.dumps(settings))
