@@ -87,21 +87,25 @@ class Alignment:
         return [f"tokenizer_source {self.source}: {line}" for line in (*lines, *self.notes)]
 
 
-def align(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) -> Alignment:
+def align(
+    checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings, outside: Checkpoint | None = None
+) -> Alignment:
     """Settle the output's vocabulary, and where each of its rows comes from.
 
     Args:
         checkpoints: reference → checkpoint, the base first.
         settings: whose tokens the output has; every model that it names is among the references.
+        outside: the model that `settings.source` names, where it is none of the checkpoints: only its tokenizer counts.
 
     Raises:
         InputError: a model's vocabulary cannot be read, or the settings name a model or a token that is not there.
     """
-    giver = _giver(checkpoints, settings)
+    giver = _giver(checkpoints, settings, outside)
     rows = {label: _rows(checkpoint) for label, checkpoint in checkpoints.items()}
     known, notes = _vocabularies(checkpoints, giver, rows)
-    tokens, added = _output_tokens(known, giver, settings)
-    total = max(rows[giver], max(tokens.values(), default=-1) + 1)
+    given = known[giver] if outside is None else _tokens_of(outside)
+    tokens, added = _output_tokens(known, given, settings)
+    total = max(rows[giver] if outside is None else 0, max(tokens.values(), default=-1) + 1)
     total += -total % (settings.pad_to_multiple_of or 1)
     places = {label: _places(known[label], rows[label], tokens, total) for label in checkpoints}
     donors, donor_rows = _donors(places, tokens, total)
@@ -117,7 +121,7 @@ def align(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) ->
         notes.append(f"{len(nowhere)} tokens have no row in any model and get zeros, the first is {nowhere[0]!r}")
     return Alignment(
         source=settings.source,
-        folder=checkpoints[giver].folder,
+        folder=(outside or checkpoints[giver]).folder,
         tokens=tokens,
         rows=total,
         places=places,
@@ -130,17 +134,28 @@ def align(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) ->
     )
 
 
-def _giver(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings) -> str:
-    """Return the model whose tokenizer the output starts from."""
+def _giver(checkpoints: Mapping[str, Checkpoint], settings: TokenizerSettings, outside: Checkpoint | None) -> str:
+    """Return the model whose tokenizer the output starts from, and that the others are taken to have if they lack one:
+    the first, where it is from outside.
+    """
     for name in settings.models():
-        if name not in checkpoints:
+        if name not in checkpoints and not (outside is not None and name == settings.source):
             key = "tokenizer_source" if name == settings.source else "tokenizer.tokens"
             raise InputError(
                 f"'{name}' is none of the models.{nearest(name, tuple(checkpoints))}",
                 where=key,
                 remedy=f"Give {'base, union, or ' * (name == settings.source)}one of: {', '.join(checkpoints)}.",
             )
-    return next(iter(checkpoints)) if settings.source in ("base", "union") else settings.source
+    return next(iter(checkpoints)) if settings.source not in checkpoints else settings.source
+
+
+def _tokens_of(outside: Checkpoint) -> dict[str, int]:
+    found = token_ids(outside)
+    if found is None:
+        raise InputError(
+            "there is no tokenizer", where=outside.label, remedy="Name a model with a tokenizer as tokenizer_source."
+        )
+    return found
 
 
 def _rows(checkpoint: Checkpoint) -> int:
@@ -174,10 +189,10 @@ def _vocabularies(
 
 
 def _output_tokens(
-    known: Mapping[str, Mapping[str, int]], giver: str, settings: TokenizerSettings
+    known: Mapping[str, Mapping[str, int]], given: Mapping[str, int], settings: TokenizerSettings
 ) -> tuple[dict[str, int], list[str]]:
-    """Return token → row of the output, and the tokens among them that the giver's tokenizer lacks."""
-    tokens = dict(known[giver])
+    """Return token → row of the output, and the tokens among them that the tokenizer it starts from lacks."""
+    tokens = dict(given)
     new: dict[str, None] = {}
     if settings.source == "union":
         for ids in known.values():

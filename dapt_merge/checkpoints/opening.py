@@ -64,6 +64,16 @@ def open_checkpoint(
     )
 
 
+def open_tokenizer(source: str) -> Checkpoint:
+    """Open a model for its tokenizer alone: a checkpoint with a folder, and no tensors whatever lies there.
+
+    Raises:
+        InputError: there is no such folder or hub model.
+    """
+    folder = _local_folder(source)
+    return Checkpoint(source, {}.__getitem__, [], folder=folder if folder.is_dir() else folder.parent)
+
+
 def _open_path(source: str | Path, label: str, base: Checkpoint | None) -> Checkpoint:
     path = Path(source).expanduser()
     if not path.exists():

@@ -21,11 +21,11 @@ from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.gathering import aligned_checkpoints
 from dapt_merge.checkpoints.groups import tensor_group
-from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.checkpoints.opening import open_checkpoint, open_tokenizer
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
-from dapt_merge.errors import InputError
+from dapt_merge.errors import InputError, nearest
 from dapt_merge.merging.agreement import Agreement, agree
 from dapt_merge.merging.stacking import LaidTensor, layout, stacked_config
 from dapt_merge.methods.selection import Cutoff
@@ -155,7 +155,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     alignment = None
     if recipe.vocabulary is not None:
         settings = recipe.vocabulary.with_models(lambda name: _spelled_in(opened, name))
-        alignment = align(opened, settings)
+        alignment = align(opened, settings, _outside_tokenizer(settings.source, opened))
         opened = aligned_checkpoints(opened, alignment)
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.stacks_layers, allow_mismatch=recipe.allow_config_mismatch)
@@ -163,6 +163,20 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     if alignment is None:
         return plan
     return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
+
+
+def _outside_tokenizer(source: str, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    """Return the model that only lends its tokenizer; None where the tokenizer is one of the inputs'."""
+    if source in ("base", "union", *opened):
+        return None
+    try:
+        return open_tokenizer(source)
+    except InputError as error:
+        raise InputError(
+            f"'{source}' is none of the models, and no other one: {error.what}.{nearest(source, tuple(opened))}",
+            where="tokenizer_source",
+            remedy=f"Give base, union, the path of a model, or one of: {', '.join(opened)}.",
+        ) from error
 
 
 def _with_chat_template(plan: MergePlan) -> MergePlan:

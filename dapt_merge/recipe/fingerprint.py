@@ -91,7 +91,9 @@ def _canonical_parts(parts: Sequence[Part], method: Method, inputs: Mapping[str,
 
 
 def _canonical_vocabulary(settings: TokenizerSettings, inputs: Mapping[str, str]) -> dict[str, Any]:
-    named = settings.with_models(lambda model: _content(model, inputs)).model_dump()
+    # Of a model that is not merged, only the tokens count: the alignment's fingerprint holds them.
+    merged = [name for name in settings.models() if any(same_model(name, known) for known in inputs)]
+    named = settings.with_models(lambda name: _content(name, inputs) if name in merged else "outside").model_dump()
     content = {"tokenizer_source": named["source"]}
     if settings.tokens:
         content["tokens"] = named["tokens"]
