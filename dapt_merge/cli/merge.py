@@ -93,7 +93,13 @@ def merge(
 
     with progress("merging", "elements") as on_progress:
         report = merge_chain(
-            chain, out, overwrite=overwrite, threads=threads, on_warnings=tell, on_progress=on_progress
+            chain,
+            out,
+            overwrite=overwrite,
+            threads=threads,
+            measure_copy=True,
+            on_warnings=tell,
+            on_progress=on_progress,
         )
     if as_json:
         print_json(report.to_dict())
@@ -257,14 +263,22 @@ def _summary(report: MergeReport, out: Path) -> list[str]:
         lines.append(f"fallbacks: {report.fallbacks:,} of {report.tensors:,} tensors ({_kinds_of_fallback(report)})")
     if report.lost_share is not None:
         lines.append(f"rounding: {report.lost_share:.1%} of {report.updated_elements:,} updated elements fell back")
-    moved = report.bytes_read + report.bytes_written
-    speed = moved / max(report.seconds, 1e-9)
-    lines.append(
-        f"read {_gigabytes(report.bytes_read)}, wrote {_gigabytes(report.bytes_written)}"
-        f" in {report.seconds:.1f} s ({_gigabytes(speed)}/s)"
-    )
+    lines.append(_speed(report))
     lines.append(f"recipe and report: {out / 'recipe.yaml'}, {out / 'merge_report.json'}")
     return lines
+
+
+def _speed(report: MergeReport) -> str:
+    moved = f"read {_gigabytes(report.bytes_read)}, wrote {_gigabytes(report.bytes_written)}"
+    if report.resumed_tensors:
+        return f"{moved}: {report.resumed_tensors:,} tensors by an interrupted run, the rest in {report.seconds:.1f} s"
+    seconds = max(report.seconds, 1e-9)
+    rate = f"{_gigabytes((report.bytes_read + report.bytes_written) / seconds)}/s"
+    if report.copy_seconds is not None:
+        share = report.copy_seconds / seconds
+        rate += f", {share:.0%} of the speed" if share < 0.95 else ", the speed"
+        rate += " of copying the same bytes here"
+    return f"{moved} in {report.seconds:.1f} s ({rate})"
 
 
 def _kinds_of_fallback(report: MergeReport) -> str:

@@ -58,7 +58,9 @@ class MergeReport:
         lost_share: lost per updated element, or None.
         warnings: sentences for the user.
         bytes_read, bytes_written: sizes of the tensors read and produced.
-        seconds: wall time.
+        seconds: wall time of reading, merging and writing.
+        copy_seconds: what copying the same bytes would have taken there, from a sample (`copying`); None: not measured.
+        resumed_tensors: how many of the tensors an interrupted run of the same merge had written.
         versions: package → version.
         tokens: where embeddings were aligned: reference → how many of its tokens moved, are dropped, or came to it.
         vocabulary: there too: whose tokens the output has, how many, and a fingerprint of where every row comes from.
@@ -93,6 +95,8 @@ class MergeReport:
     lines: tuple[dict[str, Any], ...] = ()
     rounding: dict[str, list[int]] = field(default_factory=dict)
     steps: tuple[dict[str, Any], ...] = ()
+    copy_seconds: float | None = None
+    resumed_tensors: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""

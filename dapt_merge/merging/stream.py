@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dapt_merge.checkpoints.tokenizer_files import write_tokenizer
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
+from dapt_merge.merging.copying import copy_seconds
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
 from dapt_merge.merging.resume import Journal, resume_key
@@ -41,6 +43,7 @@ def merge_to_disk(
     recipe_text: str | None = None,
     steps: Sequence[dict[str, Any]] = (),
     placed_at: Path | None = None,
+    measure_copy: bool = False,
 ) -> MergeReport:
     """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
 
@@ -54,18 +57,21 @@ def merge_to_disk(
         recipe_text: what to keep as the output's `recipe.yaml` (default: the plan's recipe).
         steps: of the recipes that made some of the inputs, for the report (`MergeReport.as_step`).
         placed_at: where the folder will lie in the end, if not at `out`.
+        measure_copy: find out from a sample what copying the same bytes would take, and report it.
 
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
     """
-    started = time.monotonic()
     refuse_existing(out, overwrite)
     _refuse_input_as_output(plan, Path(out))
     prefetch.stop()
     plan = settle_cutoffs(plan)
+    threads = threads or default_threads()
     with atomic_folder(out, overwrite=overwrite, key=resume_key(plan, shard_bytes)) as folder:
+        floor = copy_seconds(plan, folder, threads) if measure_copy else None
+        started = time.monotonic()
         journal = Journal.read(folder, plan)
-        outcomes = _write_weights(plan, folder, journal, threads or default_threads(), shard_bytes, on_progress)
+        outcomes = _write_weights(plan, folder, journal, threads, shard_bytes, on_progress)
         journal.remove()
         write_companions(plan, folder)
         report = build_report(
@@ -77,6 +83,7 @@ def merge_to_disk(
             out=placed_at or Path(out),
             steps=steps,
         )
+        report = replace(report, copy_seconds=floor, resumed_tensors=len(journal.outcomes))
         (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")

@@ -1,0 +1,96 @@
+"""What copying the same bytes would take here: the floor that a merge is held against, from a small sample.
+
+The idea: a fiftieth of what the merge will read and write is read from the same inputs and written beside the same
+output, in as many threads and through the same buffers, without any arithmetic, and the time is scaled up. So caches,
+disks and neighbours count as they are now, and the sample costs a fiftieth of a copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dapt_merge.checkpoints.staging import OutputFile, Staging
+from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.merging.plan import MergePlan
+
+_SHARE = 50
+_SMALLEST_SAMPLE_BYTES = 48 * 2**20
+_LARGEST_SAMPLE_BYTES = 256 * 2**20
+_WORTH_A_SAMPLE_BYTES = 200 * 10**6
+
+
+def copy_seconds(plan: MergePlan, folder: Path, threads: int) -> float | None:
+    """Estimate how long reading all inputs of a plan and writing as much as its output takes, without arithmetic.
+
+    Args:
+        plan: what will be merged.
+        folder: where the output will be written; a file is made there and removed.
+        threads: how many will merge.
+
+    Returns:
+        Seconds; None where inputs are computed when they are read, or the output is too small for a sample to tell.
+    """
+    if plan.nbytes < _WORTH_A_SAMPLE_BYTES or not all(c.files for c in plan.checkpoints.values()):
+        return None
+    staging = Staging(threads)
+    sample = min(max(plan.nbytes // _SHARE, _SMALLEST_SAMPLE_BYTES), _LARGEST_SAMPLE_BYTES)
+    pieces = list(_pieces(plan, staging.buffer_bytes, sample))
+    if not pieces:
+        return None
+    path = folder / ".copy-sample"
+    file = OutputFile(path, len(pieces) * staging.buffer_bytes)
+    started = time.perf_counter()
+    try:
+        writes = map_in_threads(
+            lambda number: _copy(pieces[number], number, file, staging),
+            range(len(pieces)),
+            lambda _: 1,
+            threads=threads,
+        )
+        for write in writes:
+            write.result()
+        file.finish()
+    finally:
+        staging.close()
+        file.close()
+        path.unlink()
+    seconds = time.perf_counter() - started
+    return seconds * plan.nbytes / (len(pieces) * staging.buffer_bytes)
+
+
+def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[Tensor]]:
+    """Yield for pieces of the output the bytes of the inputs that they are made from, until the sample is full."""
+    taken = 0
+    for job in sorted(plan.jobs, key=lambda job: -job.elements):
+        inputs = [plan.read(label, stored).reshape(-1).view(torch.uint8) for label, stored in job.reads]
+        for begin in range(0, job.nbytes - piece_bytes + 1, piece_bytes):
+            if taken >= sample:
+                return
+            taken += piece_bytes
+            end = begin + piece_bytes
+            parts = [slice(begin * len(i) // job.nbytes, end * len(i) // job.nbytes) for i in inputs]
+            yield [content[part] for content, part in zip(inputs, parts, strict=True)]
+
+
+def _copy(inputs: list[Tensor], number: int, file: OutputFile, staging: Staging) -> Future[None]:
+    buffer = staging.take()
+    size = staging.buffer_bytes
+    view = memoryview(buffer)
+    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    for content in inputs:
+        for part in content.split(size):
+            whole[: len(part)] = part  # torch lets other threads copy meanwhile
+
+    def carry() -> None:
+        try:
+            file.write(view, number * size)
+        finally:
+            staging.give(buffer)
+
+    return staging.submit(carry)
