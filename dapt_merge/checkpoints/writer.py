@@ -289,6 +289,8 @@ class TensorStream:
         itemsize = self._place.dtype.itemsize
         if begin * itemsize != self._taken:
             raise ValueError(f"tensor {self._name}: element {begin} is asked for, {self._taken // itemsize} is next")
+        if begin == end:
+            return torch.empty(0, dtype=self._place.dtype)
         return torch.frombuffer(self.take((end - begin) * itemsize), dtype=self._place.dtype)
 
     def take(self, nbytes: int) -> memoryview:
