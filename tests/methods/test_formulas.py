@@ -77,12 +77,6 @@ def test_slerp_moves_along_the_arc(seed, shape, t):
     )
 
 
-def test_slerp_of_two_axes_at_a_third_is_thirty_degrees():
-    merged = merge("slerp", torch.tensor([2.0, 0.0]), [torch.tensor([0.0, 4.0])], t=1 / 3)
-    expected = [2 * math.sin(math.pi / 3), 4 * math.sin(math.pi / 6)]
-    assert merged.tolist() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_slerp_past_the_threshold_is_linear_and_says_so(sign):
     base = torch.linspace(1, 2, 64)
@@ -142,13 +136,6 @@ def test_task_arithmetic_does_not_normalize_by_zero_and_says_so():
 #   elected signs: 4 − 3 > 0 → +;  2 + 5 → +;  3 − 6 → −;  0 → +
 #   mean of those that agree: [4, 3.5, −6, 0]
 TIES_DELTAS = [[4.0, -1.0, 3.0, 0.5], [-3.0, 2.0, 1.0, -0.1], [1.0, 5.0, -6.0, 2.0]]
-
-
-def test_ties_by_hand_with_equal_weights():
-    base = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    models = [base + torch.tensor(delta) for delta in TIES_DELTAS]
-    merged = merge("ties", base, models, weight=1.0, density=0.5, lambda_=0.5)
-    assert merged.tolist() == pytest.approx([1 + 0.5 * 4, 1 + 0.5 * 3.5, 1 - 0.5 * 6, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,6 @@ from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.registry import get_method
 
 
-def test_two_models_by_hand():
-    """δ = (1, 0) and (0.6, 0.8): cos 0.6, t = 2·0.6/(1 + 0.6) = 0.75, mean (0.8, 0.4)."""
-    models = [torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])]
-    assert merge("model_stock", torch.zeros(2), models).tolist() == pytest.approx([0.6, 0.3])
-
-
 def test_each_row_has_its_own_ratio_when_filter_wise():
     models = [torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, 5.0]])]
     merged = merge("model_stock", torch.zeros(2, 2), models, filter_wise=True)
