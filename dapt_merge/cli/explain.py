@@ -29,7 +29,9 @@ def explain(
     throughput: Annotated[
         float | None,
         typer.Option(
-            min=1e-9, help="GB read and written in a second, for the time.", show_default="measured, in memory"
+            min=1e-9,
+            help="GB read and written in a second, for the time.",
+            show_default="the last such merge's, or a short trial",
         ),
     ] = None,
     threads: Annotated[
@@ -185,9 +187,13 @@ def _cost_lines(cost: Cost) -> list[str]:
         f"memory: about {_bytes(cost.memory_bytes)} in {in_threads}, beside the page cache",
     ]
     if cost.bytes_per_second is None or cost.seconds is None:
-        return [*lines, "time: not estimated; this method cannot be tried on made-up tensors, give --throughput"]
-    source = f"measured here in memory, in {in_threads}; a slower disk sets the time" if cost.measured else "as given"
-    bound = "at least " if cost.grows and cost.measured else "about "
+        return [*lines, "time: not known before such a merge has run here; give --throughput"]
+    source = {
+        "given": "as given",
+        "last merge": "as the last such merge here",
+        "trial": f"as a few made-up tensors took here, in {in_threads}",
+    }[str(cost.source)]
+    bound = "at least " if cost.grows and cost.source == "trial" else "about "
     return [*lines, f"time: {bound}{_duration(cost.seconds)} at {_bytes(cost.bytes_per_second)}/s ({source})"]
 
 

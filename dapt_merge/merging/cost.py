@@ -1,24 +1,26 @@
-"""What a merge will cost: bytes, memory, and time at a throughput that is given, or measured on made-up tensors.
+"""What a merge will cost: bytes, memory, and time at the rate of the last such merge, or at one that is tried out.
 
-The idea: the bytes are known from the headers; memory follows from how tensors are kept in flight; speed is tried for a
-fraction of a second on small random tensors that go through the merge's own path. So the time is that of arithmetic and
-hashing: where the disk is slower, the disk sets it. What this module does not know: the disk.
+The idea: the bytes are known from the headers; memory follows from how tensors are kept in flight; the rate is what the
+last merge of the same method and dtypes reached on this machine (`rates`), and where there was none, a few made-up
+tensors are merged from files to files by the real engine. What this module does not know: how fast another disk is.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dapt_merge.checkpoints.checkpoint import tensor_digest
-from dapt_merge.checkpoints.threads import MINIMUM_BUDGET, default_threads, map_in_threads
+from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.checkpoints.threads import MINIMUM_BUDGET, default_threads
 from dapt_merge.merging.plan import MergePlan, TensorJob
-from dapt_merge.merging.tensor import merge_tensor
+from dapt_merge.merging.rates import recalled
+from dapt_merge.merging.stream import merge_to_disk
 
 # Python, torch and this package once a merge runs, measured as memory that is no file's.
 _PROGRAM_BYTES = 160 * 2**20
@@ -26,9 +28,8 @@ _PROGRAM_BYTES = 160 * 2**20
 _THREAD_BYTES = 16 * 2**20
 # A threshold over the whole model is found in three readings before the merge's own.
 _READINGS_TO_TRIM = 3
-_TRIAL_ELEMENTS = 1 << 19
-_TRIAL_ROWS = 512
-_TRIAL_SECONDS = 0.1
+_TRIAL_SHAPE = (1024, 1024)
+_TRIAL_TENSORS = 8
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ class Cost:
         bytes_written: of tensors; as much disk space is needed.
         memory_bytes: the most that is in use at once, beside the page cache; an estimate.
         threads: that memory and throughput are for.
-        bytes_per_second: read and written, the throughput behind `seconds`; None when it is neither given nor could be
-            measured.
-        measured: whether the throughput was measured here, and not given.
-        grows: whether the method's work for an element grows with the matrix, so that `seconds` is a lower bound.
+        bytes_per_second: read and written, the throughput behind `seconds`; None when it is not known.
+        source: where the throughput is from: "given", "last merge" or "trial"; None when it is not known.
+        grows: whether the method's work for an element grows with the matrix, so that a trial gives a lower bound.
     """
 
     bytes_read: int
@@ -51,7 +51,7 @@ class Cost:
     memory_bytes: int
     threads: int
     bytes_per_second: float | None
-    measured: bool
+    source: str | None
     grows: bool
 
     @property
@@ -68,9 +68,9 @@ class Cost:
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "bytes_per_second": self.bytes_per_second,
-            "throughput_measured": self.measured,
+            "throughput_from": self.source,
             "seconds": self.seconds,
-            "seconds_are_a_lower_bound": self.grows,
+            "seconds_are_a_lower_bound": self.grows and self.source == "trial",
         }
 
 
@@ -80,17 +80,22 @@ def estimate_cost(plan: MergePlan, *, threads: int | None = None, bytes_per_seco
     Args:
         plan: from `plan_merge`.
         threads: tensors merged at once (default: the CPUs that may be used).
-        bytes_per_second: the throughput, read and written together; None measures it for a fraction of a second.
+        bytes_per_second: the throughput, read and written together; None takes that of the last such merge here, or
+            tries it out for a fraction of a second.
     """
     threads = threads or default_threads()
-    measured = bytes_per_second is None
+    rate, source = bytes_per_second, "given"
+    if rate is None:
+        rate, source = recalled(plan, threads), "last merge"
+    if rate is None:
+        rate, source = _tried_out(plan, threads), "trial"
     return Cost(
         bytes_read=sum(_bytes_read(plan, job) for job in plan.jobs),
         bytes_written=plan.nbytes,
         memory_bytes=_memory_bytes(plan, threads),
         threads=threads,
-        bytes_per_second=_measured_throughput(plan, threads) if measured else bytes_per_second,
-        measured=measured,
+        bytes_per_second=rate,
+        source=None if rate is None else source,
         grows=any(not job.parameters.method.elementwise for job in plan.jobs),
     )
 
@@ -141,26 +146,39 @@ def _bytes_per_element(plan: MergePlan, job: TensorJob) -> int:
     return merged + 4 * widened + 4 * len(job.reads)  # the last: what such a method holds while it works, roughly
 
 
-def _measured_throughput(plan: MergePlan, threads: int) -> float | None:
-    """Merge small random tensors with the settings that most of the model has, for `_TRIAL_SECONDS`."""
+def _tried_out(plan: MergePlan, threads: int) -> float | None:
+    """Merge a few made-up tensors, with the settings that most of the model has, from files to files."""
     job = _typical(plan.jobs)
     if job is None:
         return None
-    inputs = {read: _made_up(plan, read, position) for position, read in enumerate(_reads(job))}
-    trial = replace(job, shape=(_TRIAL_ROWS, _TRIAL_ELEMENTS // _TRIAL_ROWS))
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _made_up(plan, job, Path(folder))
+        # The first merge also loads code.
+        merge_to_disk(replace(trial, jobs=trial.jobs[:1]), Path(folder) / "first", threads=threads)
+        started = time.perf_counter()
+        merge_to_disk(trial, Path(folder) / "second", threads=threads)
+        seconds = time.perf_counter() - started
+    return sum(_bytes_read(trial, job) + job.nbytes for job in trial.jobs) / seconds
 
-    def merge_one(_: int) -> None:
-        merged = merge_tensor(trial, lambda label, name: inputs[label, name], plan.recipe.seed)
-        for tensor in (*inputs.values(), merged.tensor):  # a merge hashes what it reads and writes
-            tensor_digest(tensor)
 
-    moved = sum(tensor.nbytes for tensor in inputs.values()) + trial.nbytes
-    merge_one(0)  # the first call also loads code
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < _TRIAL_SECONDS:
-        map_in_threads(merge_one, range(2 * threads), lambda _: _TRIAL_ELEMENTS, threads=threads)
-        done += 2 * threads
-    return done * moved / (time.perf_counter() - started)
+def _made_up(plan: MergePlan, job: TensorJob, folder: Path) -> MergePlan:
+    """Return a plan of tensors like the job's, whose inputs are small files of random numbers."""
+    from safetensors.torch import save_file
+
+    noise = torch.randn(_TRIAL_SHAPE, generator=torch.Generator().manual_seed(0))
+    names = [f"{number}.weight" for number in range(_TRIAL_TENSORS)]
+    opened = {}
+    for position, (label, stored) in enumerate(_reads(job)):
+        dtype = plan.checkpoints[label].tensors[stored].dtype
+        values = (0.02 * noise + 1e-3 * noise.roll(position, 1) if position else 0.02 * noise).to(dtype)
+        file = folder / f"{position}.safetensors"
+        save_file({name: values.clone() for name in names}, file)
+        opened[label] = open_checkpoint(file, label)
+    jobs = tuple(replace(job, name=name, shape=_TRIAL_SHAPE, stored=()) for name in names)
+    giver = next(iter(opened.values()))
+    return replace(
+        plan, checkpoints=opened, jobs=jobs, statistics={}, config_from=giver, alignment=None, chat_template=None
+    )
 
 
 def _typical(jobs: Sequence[TensorJob]) -> TensorJob | None:
@@ -181,10 +199,3 @@ def _typical(jobs: Sequence[TensorJob]) -> TensorJob | None:
     if values.get("trim_scope") == "model":
         values = {**values, "trim_scope": "tensor"}
     return replace(job, parameters=replace(job.parameters, values=values), cutoffs=None)
-
-
-def _made_up(plan: MergePlan, read: tuple[str, str], position: int) -> Tensor:
-    label, stored = read
-    generator = torch.Generator().manual_seed(position)
-    values = 0.02 * torch.randn(_TRIAL_ROWS, _TRIAL_ELEMENTS // _TRIAL_ROWS, generator=generator)
-    return values.to(plan.checkpoints[label].tensors[stored].dtype)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merging_models import CONFIG
 
-from dapt_merge import load_recipe, make_recipe, open_checkpoint, plan_merge
+from dapt_merge import load_recipe, make_recipe, merge_to_disk, open_checkpoint, plan_merge
 from dapt_merge.merging.chain import merge_chain
 from dapt_merge.merging.cost import estimate_cost, total_cost
 from dapt_merge.merging.explanation import describe, explain, layer_by_layer, layer_runs, plan_chain
@@ -146,8 +146,6 @@ def test_the_lines_are_json(models):
 
 
 def test_bytes_are_those_that_the_merge_reports(models, tmp_path):
-    from dapt_merge import merge_to_disk
-
     plan = planned(models, "ties", ["one", "two"], weight=0.3, out_dtype="bfloat16")
     cost = estimate_cost(plan, bytes_per_second=1e9)
     report = merge_to_disk(plan, tmp_path / "out")
@@ -179,9 +177,31 @@ def test_memory_follows_the_tensors_in_flight_and_not_the_size_of_the_model():
 def test_a_throughput_that_is_not_given_is_measured_with_the_methods_own_arithmetic(models):
     for method in ("slerp", "ties"):
         cost = estimate_cost(planned(models, method, weight=0.3), threads=1)
-        assert cost.measured
+        assert cost.source == "trial"
         assert cost.bytes_per_second > 0
         assert cost.seconds > 0
+
+
+def test_the_rate_of_the_last_such_merge_goes_before_a_trial(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("dapt_merge.merging.rates._TELLING_BYTES", 0)
+    plan = planned(models, "slerp", weight=0.3)
+    report = merge_to_disk(plan, tmp_path / "out", threads=1)
+    cost = estimate_cost(plan, threads=1)
+    assert cost.source == "last merge"
+    assert cost.seconds >= report.seconds
+    assert estimate_cost(plan, threads=2).source == "trial", "with other threads it may be another rate"
+    assert estimate_cost(planned(models, "linear", weight=0.3), threads=1).source == "trial"
+    assert estimate_cost(plan, threads=1, bytes_per_second=5).source == "given"
+    for content in ("", "[]", '{"a": 1', '{"a": "b"}'):
+        (tmp_path / "dapt-merge" / "merge_rates.json").write_text(content)
+        assert estimate_cost(plan, threads=1).source == "trial"
+
+
+def test_small_merges_leave_no_rate(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    merge_to_disk(planned(models, weight=0.3), tmp_path / "out")
+    assert not (tmp_path / "dapt-merge").exists()
 
 
 def test_whole_model_trimming_can_be_tried_too(models):
