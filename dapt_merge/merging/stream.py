@@ -24,6 +24,7 @@ from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.copying import copy_seconds
 from dapt_merge.merging.plan import MergePlan, TensorJob
+from dapt_merge.merging.rates import remember
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
 from dapt_merge.merging.resume import Journal, resume_key
 from dapt_merge.merging.tensor import merge_tensor_in_runs
@@ -62,6 +63,7 @@ def merge_to_disk(
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
     """
+    begun = time.monotonic()
     refuse_existing(out, overwrite)
     _refuse_input_as_output(plan, Path(out))
     prefetch.stop()
@@ -87,6 +89,8 @@ def merge_to_disk(
         (folder / RECIPE_FILE).write_text(recipe_text or report.recipe, encoding="utf-8")
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")
+    if not report.resumed_tensors:
+        remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - begun - (floor or 0.0))
     return report
 
 
