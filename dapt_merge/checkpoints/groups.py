@@ -30,7 +30,7 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
         re.compile(
             r"(?:^|\.)(?:lm_head|embed_out|output_projection|score|cls|classifier|pre_classifier|qa_outputs|pooler|"
             r"vocab_transform|vocab_projector|vocab_layer_norm|generator_lm_head|generator_predictions|"
-            r"discriminator_predictions)\.|^(?:head|decoder)\.(?:dense\.)?(?:weight|bias)$|final_logits_bias$"
+            r"discriminator_predictions|predictions|entity_predictions|pred_layer)\.|^(?:head|decoder)\.(?:dense\.)?(?:weight|bias)$|final_logits_bias$"
         ),
     ),
     ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared)\.")),
@@ -103,13 +103,18 @@ _INPUT_EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
     "embed_in.weight",
+    "embeddings.weight",
+    "word_embedding.weight",
+    "tokens_embed.weight",
+    "input_embedding.weight",
 )
 _OUTPUT_HEADS = (
     "lm_head.weight",
     "embed_out.weight",
-    "cls.predictions.decoder.weight",
+    "predictions.decoder.weight",
     "lm_head.decoder.weight",
     "vocab_projector.weight",
+    "pred_layer.proj.weight",
 )
 # Second names of one parameter, whatever the configuration says of the head: (second name, name in files).
 _ALWAYS_ONE = (
@@ -128,15 +133,24 @@ def embedding_and_head(names: Iterable[str]) -> tuple[str | None, str | None]:
         ('model.embed_tokens.weight', None)
     """
     ordered = sorted(names)
-    embedding = next((name for ending in _INPUT_EMBEDDINGS for name in ordered if name.endswith(ending)), None)
-    head = next((name for name in ordered if name.endswith(_OUTPUT_HEADS) or name == "decoder.weight"), None)
+    embedding = next((name for ending in _INPUT_EMBEDDINGS for name in ordered if _ends_with(name, ending)), None)
+    head = next(
+        (name for name in ordered if name == "decoder.weight" or any(_ends_with(name, end) for end in _OUTPUT_HEADS)),
+        None,
+    )
     return embedding, head
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    """Say whether a name ends with these parts, and not only with these letters."""
+    return name == ending or name.endswith("." + ending)
 
 
 # Beside embedding and head these have an entry for each token; of BART's the tokens are the second dimension.
 _VOCABULARY_BIASES = (
-    "cls.predictions.bias",
-    "cls.predictions.decoder.bias",
+    "predictions.bias",
+    "predictions.decoder.bias",
+    "pred_layer.proj.bias",
     "generator_lm_head.bias",
     "lm_head.bias",
     "lm_head.decoder.bias",
@@ -155,7 +169,7 @@ def vocabulary_axis(name: str) -> int | None:
     if name.endswith("final_logits_bias"):
         return 1
     per_token = (*_INPUT_EMBEDDINGS, *_OUTPUT_HEADS, *_VOCABULARY_BIASES)
-    found = name in ("decoder.weight", "decoder.bias") or any(f".{name}".endswith(f".{end}") for end in per_token)
+    found = name in ("decoder.weight", "decoder.bias") or any(_ends_with(name, end) for end in per_token)
     return 0 if found else None
 
 
