@@ -155,7 +155,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     alignment = None
     if recipe.vocabulary is not None:
         settings = recipe.vocabulary.with_models(lambda name: _spelled_in(opened, name))
-        alignment = align(opened, settings, _outside_tokenizer(settings.source, opened))
+        alignment = align(opened, settings, _outside_tokenizer(settings.source, opened, checkpoints or {}))
         opened = aligned_checkpoints(opened, alignment)
     inputs = list(opened.values())
     found = agree(inputs, by_layer=recipe.stacks_layers, allow_mismatch=recipe.allow_config_mismatch)
@@ -165,10 +165,14 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
     return replace(plan, alignment=alignment, warnings=(*plan.warnings, *alignment.sentences()))
 
 
-def _outside_tokenizer(source: str, opened: Mapping[str, Checkpoint]) -> Checkpoint | None:
+def _outside_tokenizer(
+    source: str, opened: Mapping[str, Checkpoint], given: Mapping[str, Checkpoint]
+) -> Checkpoint | None:
     """Return the model that only lends its tokenizer; None where the tokenizer is one of the inputs'."""
     if source in ("base", "union", *opened):
         return None
+    if source in given:
+        return given[source]
     try:
         return open_tokenizer(source)
     except InputError as error:

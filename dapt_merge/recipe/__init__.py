@@ -7,7 +7,7 @@ Differences from mergekit that are deliberate:
 - an unknown key, parameter or value is an error, with the nearest known one;
 - a gradient gives `lm_head` and the final norm its last value (`gradient_outer: mergekit` restores the first);
 - `linear` with a `base_model` that is not among `models` keeps the rest of the weight on the base (WiSE-FT);
-- arithmetic is always float32, so `dtype` is the dtype of the output;
+- arithmetic is always float32, so `dtype` is the dtype of the output, and float64 is refused;
 - `normalize` of the methods that elect signs is `auto`: true with two or more task vectors, false with one, whose
   weight it would cancel (mergekit: always true for ties and della, always false for dare_ties and breadcrumbs_ties);
 - `rescale` of dare and della is `expectation`, the papers' 1/density (mergekit: `l1`);

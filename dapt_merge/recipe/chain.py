@@ -142,5 +142,5 @@ def _in_order(recipes: Mapping[str | None, NamedRecipe], final: str | None, path
 
 def _used(recipe: Recipe) -> set[str]:
     members = {member for e in recipe.entries() if e.average for member in e.average.checkpoints or ()}
-    named = {*recipe.references(), *members}
+    named = {*recipe.references(), *members, *(recipe.vocabulary.models() if recipe.vocabulary else ())}
     return named | {reference.rpartition("+")[0] for reference in named}  # the model under an adapter

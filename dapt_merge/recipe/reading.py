@@ -241,7 +241,7 @@ def _replace_paths(content: MutableMapping[str, Any], locate: Callable[[str], st
 
     for entry in (content, *(_at(content, path) for path in _parameter_blocks(content))):
         for key in ("base_model", "target") if entry is content else ("base_model", "model"):
-            if key in entry and "checkpoints" not in (entry.get("average") or {}):
+            if key in entry and not _has_members(entry):
                 entry[key] = replaced(entry[key])
         _replace_members(entry, replaced)
         parameters = entry.get("parameters")
@@ -267,10 +267,16 @@ def _replace_in_vocabulary(content: MutableMapping[str, Any], replaced: Callable
             mapping[key] = replaced(mapping[key])
 
 
+def _has_members(entry: Mapping[str, Any]) -> bool:
+    """Say whether an entry averages a list of checkpoints, and so is named after them."""
+    average = entry.get("average")
+    return isinstance(average, Mapping) and isinstance(average.get("checkpoints"), list)
+
+
 def _replace_members(entry: MutableMapping[str, Any], replaced: Callable[[Any], Any]) -> None:
     """Replace the checkpoints that an entry averages; the entry is named after them anew."""
     average = entry.get("average")
-    if isinstance(average, MutableMapping) and isinstance(average.get("checkpoints"), list):
+    if isinstance(average, MutableMapping) and _has_members(entry):
         if entry.get("model") == ", ".join(map(str, average["checkpoints"])):
             del entry["model"]
         average["checkpoints"] = [replaced(reference) for reference in average["checkpoints"]]

@@ -6,17 +6,22 @@ same update. The vocabulary and the chat template of the output are the same too
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_zoo import build_zoo
 from typer.testing import CliRunner
 
-from dapt_merge.recipe import load_recipes
+from dapt_merge.errors import InputError
+from dapt_merge.recipe import load_recipe, load_recipes, recipe_warnings
+from dapt_merge.recipe.reading import build_recipe
 
 FILES = sorted((Path(__file__).parent / "dialect").glob("*.yaml"))
 RANDOM = ("dare-linear", "dare-ties", "della", "della-linear")
@@ -67,6 +72,54 @@ def test_the_file_says_what_it_does_and_is_read(file, zoo, monkeypatch):
     monkeypatch.chdir(zoo)
     assert file.read_text().startswith("# ")
     assert load_recipes(file)
+
+
+JUNK = (
+    None, True, -1, 1.5, float("inf"), "", "a", "a+b", "+", [], [None], [[]], [{}], {}, {"a": 1}, {1: 2}, 10**30,
+    "union",
+    ["a", "b"], {"model": 3}, {"path": []}, {"source": {}}, [{"filter": []}], {"value": None}, "1e-3",
+)  # fmt: skip
+KEYS = ("weight", "model", "models", "slices", "modules", "parameters", "base_model", "tokens", "source", "average", 3)
+
+
+def places(content, path=()):
+    """Yield the path of every value in a file."""
+    if path:
+        yield path
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inner:
+        yield from places(value, (*path, key))
+
+
+DOCUMENTS = [document for file in FILES for document in yaml.safe_load_all(file.read_text())]
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_wrong_with_a_file_is_told_with_its_place_and_a_remedy(data):
+    content = copy.deepcopy(data.draw(st.sampled_from(DOCUMENTS)))
+    content.pop("name", None)
+    *above, last = data.draw(st.sampled_from(list(places(content))))
+    owner = content
+    for key in above:
+        owner = owner[key]
+    if isinstance(owner, dict) and data.draw(st.booleans()):
+        last = data.draw(st.sampled_from(KEYS))
+    owner[last] = data.draw(st.sampled_from(JUNK))
+    found = read(content)
+    if isinstance(found, InputError):
+        assert (found.where or "").startswith("recipe.yaml")
+        assert found.remedy
+    else:
+        recipe_warnings(found)
+        assert load_recipe(yaml.safe_load(found.to_yaml())) == found
+
+
+def read(content):
+    try:
+        return build_recipe(content, [], "recipe.yaml", folder=Path())
+    except InputError as error:
+        return error
 
 
 @pytest.mark.slow
