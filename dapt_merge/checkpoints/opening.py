@@ -70,8 +70,8 @@ def open_tokenizer(source: str) -> Checkpoint:
     Raises:
         InputError: there is no such folder or hub model.
     """
-    folder = _local_folder(source)
-    return Checkpoint(source, {}.__getitem__, [], folder=folder if folder.is_dir() else folder.parent)
+    folder, nothing = _local_folder(source), dict[str, Tensor]()
+    return Checkpoint(source, nothing.__getitem__, [], folder=folder if folder.is_dir() else folder.parent)
 
 
 def _open_path(source: str | Path, label: str, base: Checkpoint | None) -> Checkpoint:
