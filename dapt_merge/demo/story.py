@@ -129,6 +129,10 @@ def _data_chapter(options: DemoOptions, tell: Narrator) -> DemoData:
         with_littre=options.with_littre,
         tell=tell.say,
     )
+    # The presets in recipes/ and search/ look for the base beside the corpora.
+    beside = options.output / "base"
+    if not beside.exists() and not beside.is_symlink():
+        beside.symlink_to(data.base.resolve(), target_is_directory=True)
     sizes = ", ".join(f"{source} {count / 1e6:.2f}M" for source, count in data.characters.items())
     tell.say(f"base: SmolLM2-135M-Instruct; training text, in characters: {sizes}")
     return data

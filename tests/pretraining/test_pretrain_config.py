@@ -55,6 +55,19 @@ def test_a_missing_key_is_named(missing: str) -> None:
         ({"learning_rate": -1}, "learning_rate"),
         ({"precision": "fp16"}, "fp16"),
         ({"replay_share": 1.0}, "replay_share"),
+        ({"checkpoints": {"every_tokens": 5, "count": 2}}, "give one of"),
+        ({"checkpoints": {"at_tokens": []}}, "checkpoints"),
+        ({"heldout": [{"path": "x.jsonl"}]}, "needs its 'axis'"),
+        ({"heldout": [{"suite": "x.yaml", "axis": "domain"}]}, "states its axis and language itself"),
+        ({"early_stop": {"general_rise": 0.1}}, "no effect without 'heldout'"),
+        ({"heldout": ["x.yaml"], "early_stop": {}}, "no rule"),
+        ({"decay_towards": "base", "weight_decay": 0}, "no effect"),
+        ({"decay_towards": "base", "adapter": {}}, "leave out 'decay_towards'"),
+        ({"decay_towards": "base", "precision": "bf16"}, "needs float32 weights"),
+        ({"bf16_rounding": "nearest"}, "only with 'bf16'"),
+        ({"optimizer": "adafactor", "adam_beta1": 0.8}, "'adam_beta1' has no effect"),
+        ({"optimizer": "adafactor", "precision": "bf16"}, "goes with the optimizer 'adamw'"),
+        ({"adapter": {"rnk": 8}}, "Did you mean 'rank'?"),
     ],
 )
 def test_contradictions_and_values_out_of_range_are_refused(content: dict[str, Any], said: str) -> None:
@@ -96,8 +109,43 @@ def test_a_file_that_is_no_description_is_refused(tmp_path: Path, text: str | by
         load_pretrain_config(file)
 
 
-@pytest.mark.parametrize("name", ["demo", "study-qwen3-8b"])
-def test_the_presets_are_valid_and_say_how_to_run_them(name: str) -> None:
-    path = preset(f"recipes/pretrain-{name}.yaml")
-    assert load_pretrain_config(path).sequence_length in (512, 2048)
-    assert f"dapt-merge pretrain recipes/{path.name}" in path.read_text(encoding="utf-8")
+PRESETS = sorted((Path(__file__).parents[2] / "recipes").glob("pretrain-*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_presets_are_valid_and_say_how_to_run_them(path: Path) -> None:
+    config = load_pretrain_config(path)
+    assert preset(f"recipes/{path.name}") == path
+    text = path.read_text(encoding="utf-8")
+    assert f"dapt-merge pretrain recipes/{path.name}" in text
+    assert "# Cost:" in text
+    assert "# Needs:" in text
+    assert config.checkpoints.every_tokens or (config.checkpoints.count or 0) > 1
+
+
+def test_the_study_preset_holds_the_known_values() -> None:
+    config = load_pretrain_config(preset("recipes/pretrain-study-2604.06903-qwen3-8b.yaml"))
+    known = {"learning_rate": 2e-5, "schedule": "cosine", "warmup_share": 0, "weight_decay": 0.05, "epochs": 4}
+    assert {key: getattr(config, key) for key in known} == known
+    assert (config.sequence_length, config.micro_batch_tokens, config.sharding) == (2048, 2048, "fsdp2")
+    assert config.batch_sequences % 24 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("lower-rate", {"learning_rate"}),
+        ("replay-1", {"corpus", "replay_share"}),
+        ("replay-5", {"corpus", "replay_share", "tokens"}),
+        ("replay-25", {"corpus", "replay_share", "tokens"}),
+        ("early-stop", {"early_stop", "heldout_every_tokens"}),
+        ("towards-base", {"decay_towards", "weight_decay"}),
+    ],
+)
+def test_a_baseline_differs_from_plain_dapt_in_one_thing(name: str, changed: set[str]) -> None:
+    plain = load_pretrain_config(preset("recipes/pretrain-baseline.yaml")).model_dump()
+    config = load_pretrain_config(preset(f"recipes/pretrain-baseline-{name}.yaml"))
+    assert {key for key, value in config.model_dump().items() if value != plain[key]} == changed
+    # Equal domain tokens, as nearly as whole steps of 2048 tokens allow.
+    domain = config.tokens * (1 - config.replay_share)
+    assert abs(domain - plain["tokens"]) < 2048 / 2
