@@ -40,6 +40,7 @@ def merge(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
     threads: int = typer.Option(None, min=1, help="Tensors merged at once.", show_default="the CPUs there are"),
+    device: str = typer.Option("cpu", help="Where to compute: cpu, or cuda (the processor where there is none)."),
     verify: Path = typer.Option(
         None,
         metavar="OUT",
@@ -74,7 +75,7 @@ def merge(
     gc.disable()  # all that is made while the libraries load stays: a search for garbage only takes time
     chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
     refuse_existing(out, overwrite)
-    if _checked_engine(engine, threads) == "mergekit":
+    if _checked_engine(engine, threads, device) == "mergekit":
         _by_mergekit(chain, out, overwrite, as_json)
         return
 
@@ -98,6 +99,7 @@ def merge(
             overwrite=overwrite,
             threads=threads,
             measure_copy=True,
+            device=device,
             on_warnings=tell,
             on_progress=on_progress,
         )
@@ -118,7 +120,7 @@ def _read_ahead(arguments: list[str], base: str | None, dapt: list[str]) -> None
             prefetch.start_for(argument)
 
 
-def _checked_engine(engine: str, threads: int | None) -> str:
+def _checked_engine(engine: str, threads: int | None, device: str) -> str:
     from dapt_merge.errors import InputError, nearest
 
     if engine not in ("native", "mergekit"):
@@ -132,6 +134,12 @@ def _checked_engine(engine: str, threads: int | None) -> str:
             "mergekit chooses its threads itself",
             where="--threads",
             remedy="Leave --threads out with --engine mergekit.",
+        )
+    if engine == "mergekit" and device != "cpu":
+        raise InputError(
+            "mergekit is run on the processor",
+            where="--device",
+            remedy="Leave --device out with --engine mergekit.",
         )
     return engine
 

@@ -30,6 +30,7 @@ def merge_chain(
     overwrite: bool = False,
     threads: int | None = None,
     measure_copy: bool = False,
+    device: str = "cpu",
     on_warnings: Callable[[Iterable[str], str | None], None] = lambda warnings, name: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -41,7 +42,7 @@ def merge_chain(
             outputs among the inputs, by content, and how they were made.
         engine: whose code merges: ours, or mergekit's (see `mergekit_engine`), which tells no progress.
         overwrite: replace an existing output, once the new one is complete.
-        threads, measure_copy: see `merge_to_disk`.
+        threads, measure_copy, device: see `merge_to_disk`.
         on_warnings: called with (warnings, recipe's name) before and after each merge.
         on_progress: called with (elements merged, elements in all) of the recipe at work.
 
@@ -69,7 +70,13 @@ def merge_chain(
                 plan = plan_merge(step.recipe, made)
                 on_warnings(plan.warnings, step.name)
                 report = merge_to_disk(
-                    plan, target, threads=threads, measure_copy=measure_copy, on_progress=on_progress, **kept
+                    plan,
+                    target,
+                    threads=threads,
+                    measure_copy=measure_copy,
+                    device=device,
+                    on_progress=on_progress,
+                    **kept,
                 )
             on_warnings(report.warnings, step.name)
             if not is_last and step.name is not None:

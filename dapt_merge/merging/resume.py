@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from dapt_merge.merging.plan import MergePlan, TensorJob
@@ -25,7 +26,7 @@ from dapt_merge.merging.tensor import RoundingLoss
 JOURNAL_FILE = ".finished.jsonl"
 
 
-def resume_key(plan: MergePlan, shard_bytes: int) -> str | None:
+def resume_key(plan: MergePlan, shard_bytes: int, device: torch.device | None) -> str | None:
     """Return a name for everything that the output's bytes depend on; None where that cannot be told without reading.
 
     Inputs are told apart by path, size, inode and times of their files, so a merge of tensors in memory, or of ones
@@ -41,6 +42,7 @@ def resume_key(plan: MergePlan, shard_bytes: int) -> str | None:
         "labels": [(label, [str(file) for file in c.files]) for label, c in plan.checkpoints.items()],
         "files": [_identity(file) for file in files],
         "shard_bytes": shard_bytes,
+        "device": str(device),
         "versions": versions(),
     }
     return xxhash.xxh3_128(json.dumps(content).encode()).hexdigest()

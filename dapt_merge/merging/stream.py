@@ -6,11 +6,14 @@ its name only when it is complete, and carries its recipe and its report. The ma
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dapt_merge import prefetch
 from dapt_merge.atomic import atomic_folder, refuse_existing
@@ -23,11 +26,12 @@ from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.copying import copy_seconds
+from dapt_merge.merging.device import Ferry, available_device, brought_by
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import remember
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
 from dapt_merge.merging.resume import Journal, resume_key
-from dapt_merge.merging.tensor import merge_tensor_in_runs
+from dapt_merge.merging.tensor import Place, RoundingLoss, merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
 
 RECIPE_FILE = "recipe.yaml"
@@ -45,6 +49,7 @@ def merge_to_disk(
     steps: Sequence[dict[str, Any]] = (),
     placed_at: Path | None = None,
     measure_copy: bool = False,
+    device: str = "cpu",
 ) -> MergeReport:
     """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
 
@@ -59,6 +64,7 @@ def merge_to_disk(
         steps: of the recipes that made some of the inputs, for the report (`MergeReport.as_step`).
         placed_at: where the folder will lie in the end, if not at `out`.
         measure_copy: find out from a sample what copying the same bytes would take, and report it.
+        device: where to compute: cpu, or cuda, which falls back to the processor with a warning.
 
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
@@ -67,13 +73,16 @@ def merge_to_disk(
     refuse_existing(out, overwrite)
     _refuse_input_as_output(plan, Path(out))
     prefetch.stop()
+    computing, fallback = available_device(device)
+    if fallback is not None:
+        plan = replace(plan, warnings=(*plan.warnings, fallback))
     plan = settle_cutoffs(plan)
     threads = threads or default_threads()
-    with atomic_folder(out, overwrite=overwrite, key=resume_key(plan, shard_bytes)) as folder:
+    with atomic_folder(out, overwrite=overwrite, key=resume_key(plan, shard_bytes, computing)) as folder:
         floor = copy_seconds(plan, folder, threads) if measure_copy else None
         started = time.monotonic()
         journal = Journal.read(folder, plan)
-        outcomes = _write_weights(plan, folder, journal, threads, shard_bytes, on_progress)
+        outcomes = _write_weights(plan, folder, journal, threads, shard_bytes, on_progress, computing)
         journal.remove()
         write_companions(plan, folder)
         report = build_report(
@@ -110,16 +119,21 @@ def _write_weights(
     threads: int,
     shard_bytes: int,
     on_progress: Callable[[int, int], None] | None,
+    device: torch.device | None,
 ) -> list[TensorOutcome]:
     """Merge and write every tensor that is not in a finished file; the outcomes are in the plan's order."""
     outcomes = dict(journal.outcomes)
+    merged_on_device = None if device is None else _on_device(plan, device)
 
     def note(file: str, names: tuple[str, ...]) -> None:
         journal.add(folder / file, [outcomes[name] for name in names], plan)
 
     def work(job: TensorJob) -> None:
         with writer.stream(job.name) as stream:
-            notes, rounding = merge_tensor_in_runs(job, plan.read, plan.recipe.seed, stream.place)
+            if merged_on_device is not None:
+                notes, rounding = merged_on_device(job, stream.place)
+            else:
+                notes, rounding = merge_tensor_in_runs(job, plan.read, plan.recipe.seed, stream.place)
         for label, stored in job.reads:
             # Hashed while its pages are warm: the inputs' fingerprints then cost no second reading of the files.
             plan.checkpoints[label].digest(stored)
@@ -144,6 +158,21 @@ def _write_weights(
             on_progress=on_progress,
         )
     return [outcomes[job.name] for job in plan.jobs]
+
+
+def _on_device(
+    plan: MergePlan, device: torch.device
+) -> Callable[[TensorJob, Place], tuple[Mapping[str, object], RoundingLoss | None]]:
+    """Return a way to merge a tensor on a device, for any thread."""
+    own = threading.local()
+
+    def merged(job: TensorJob, home: Place) -> tuple[Mapping[str, object], RoundingLoss | None]:
+        if not hasattr(own, "ferry"):
+            own.ferry = Ferry(device)
+        with own.ferry.at_work(job.name), own.ferry.returning(home) as place:
+            return merge_tensor_in_runs(job, brought_by(own.ferry, plan.read), plan.recipe.seed, place)
+
+    return merged
 
 
 def _output_fingerprint(outcomes: list[TensorOutcome]) -> str:
