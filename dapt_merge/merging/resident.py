@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.keeping import keep_computed
 from dapt_merge.checkpoints.live_names import copied_names, stored_state
 from dapt_merge.checkpoints.naming import canonical_names
-from dapt_merge.checkpoints.threads import map_in_threads
+from dapt_merge.checkpoints.threads import default_threads, map_in_threads
 from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.merging.agreement import agree, is_side_part
@@ -66,6 +67,7 @@ class ResidentMerger:
         self._mismatch_allowed = allow_config_mismatch
         self._live = _live_tensors(model, self._agreement.names)
         self._fingerprints: dict[str, str] = {}
+        self._held = _Held()
         for checkpoint in self.checkpoints.values():
             _refuse_shared_memory(checkpoint, self._live)
 
@@ -79,7 +81,7 @@ class ResidentMerger:
         """
         started = time.monotonic()
         plan = _for_live(self._plan(recipe), self._live)
-        outcomes = _write(plan, self._live, threads, measure_rounding)
+        outcomes = _write(plan, self._live, self._held, threads, measure_rounding)
         inputs = {
             reference: self._fingerprint(reference, plan.checkpoints[reference]) for reference in plan.checkpoints
         }
@@ -116,7 +118,7 @@ def fill_model(model: PreTrainedModel, plan: MergePlan) -> MergeReport:
     started = time.monotonic()
     live = _live_tensors(model, tuple(job.name for job in plan.jobs))
     plan = _for_live(plan, live)
-    outcomes = _write(plan, live, None, True)
+    outcomes = _write(plan, live, _Held(), None, True)
     inputs = {reference: checkpoint.fingerprint() for reference, checkpoint in plan.checkpoints.items()}
     return build_report(plan, outcomes, output=None, inputs=inputs, seconds=time.monotonic() - started)
 
@@ -134,7 +136,11 @@ def _for_live(plan: MergePlan, live: Mapping[str, Tensor]) -> MergePlan:
     if len(used) < len(plan.jobs):
         unused = ", ".join(job.name for job in plan.jobs if job.name not in live)
         warnings = (*warnings, f"{unused}: the live model's class does not use them, and they were not merged")
-    jobs = tuple(replace(job, out_dtype=live[job.name].dtype) for job in used)
+    dtypes = [live[job.name].dtype for job in used]
+    jobs = tuple(
+        job if job.out_dtype == dtype else replace(job, out_dtype=dtype)
+        for job, dtype in zip(used, dtypes, strict=True)
+    )
     return settle_cutoffs(replace(plan, jobs=jobs, warnings=warnings))
 
 
@@ -150,16 +156,107 @@ def _refuse_other_stack(plan: MergePlan, live: Mapping[str, Tensor]) -> None:
         )
 
 
+class _Held:
+    """What outlasts a merge: inputs where they are computed on, and what was found out about them.
+
+    Inputs that lie in files stay mapped, and on an accelerator they are copied to it once. Tensors in memory may change
+    between merges: a change that torch knows of (its version counter) makes them new.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, str, torch.device], tuple[Hashable, Tensor]] = {}
+        self._memories: dict[Hashable, dict[Hashable, Any]] = {}
+
+    def read(self, plan: MergePlan, label: str, name: str, device: torch.device) -> Tensor:
+        """Return an input on the device: held there, where it has room and does not change."""
+        held = self._tensors.get((label, name, device))
+        if held is not None and held[0] == _state(plan, label, name):
+            return held[1]
+        stored = plan.read(label, name)
+        tensor = stored.to(device) if device.type == "cpu" or _has_room(device, stored.nbytes) else stored
+        # What is computed when it is read is kept by its checkpoint, as far as there is room (`keeping`).
+        if tensor.device == device and (tensor is not stored or not _is_computed(plan, label, name)):
+            self._tensors[label, name, device] = _state(plan, label, name), tensor
+        return tensor
+
+    def memories(self, plan: MergePlan, job: TensorJob) -> tuple[dict[Hashable, Any], ...]:
+        """Return the memories of a job: one for each model, shared by all merges of that model and base."""
+        if job.base is None:
+            return ()
+        base, *models = ((label, name, _state(plan, label, name)) for label, name in job.reads)
+        return tuple(self._memories.setdefault((base, model, job.in_dtype), {}) for model in models)
+
+
+def _state(plan: MergePlan, label: str, name: str) -> Hashable:
+    """Return what changes when a tensor of a checkpoint changes: None for files, which do not."""
+    checkpoint = plan.checkpoints.get(label)
+    if checkpoint is None or _is_computed(plan, label, name):
+        return None
+    if checkpoint.tensors[checkpoint.aliases.get(name, name)].file is not None:
+        return None
+    tensor = checkpoint.read(name)
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:  # made in inference mode: not counted, so never the same twice
+        return object()
+
+
+def _is_computed(plan: MergePlan, label: str, name: str) -> bool:
+    return label in plan.checkpoints and name in plan.checkpoints[label].computed
+
+
+def _has_room(device: torch.device, nbytes: int) -> bool:
+    """Say whether an accelerator can hold so much more, and still has room to compute in."""
+    if device.type != "cuda":
+        return True
+    free_bytes, all_bytes = torch.cuda.mem_get_info(device)
+    return free_bytes - nbytes > all_bytes // 8
+
+
 def _write(
-    plan: MergePlan, live: Mapping[str, Tensor], threads: int | None, measure_rounding: bool
+    plan: MergePlan, live: Mapping[str, Tensor], held: _Held, threads: int | None, measure_rounding: bool
 ) -> list[TensorOutcome]:
     def merge_in_place(job: TensorJob) -> TensorOutcome:
-        merged = merge_tensor(job, plan.read, plan.recipe.seed, measure_rounding=measure_rounding)
-        with torch.no_grad():  # the switch is per thread
-            live[job.name].copy_(merged.tensor)
+        target = live[job.name]
+        merged = merge_tensor(
+            job,
+            lambda label, name: held.read(plan, label, name, target.device),
+            plan.recipe.seed,
+            measure_rounding=measure_rounding,
+            out=target,
+            memories=held.memories(plan, job),
+        )
         return TensorOutcome.of(job, merged)
 
-    return map_in_threads(merge_in_place, plan.jobs, size=lambda job: job.elements, threads=threads)
+    if not all(job.parameters.method.elementwise for job in plan.jobs):
+        return map_in_threads(merge_in_place, plan.jobs, size=lambda job: job.elements, threads=threads)
+    return _in_lanes(merge_in_place, plan.jobs, threads or default_threads())
+
+
+def _in_lanes(
+    work: Callable[[TensorJob], TensorOutcome], jobs: Sequence[TensorJob], threads: int
+) -> list[TensorOutcome]:
+    """As `map_in_threads`, where nothing is allocated that would have to be bounded: each thread takes what is next."""
+    largest_first = deque(sorted(range(len(jobs)), key=lambda index: -jobs[index].elements))
+    outcomes: list[TensorOutcome | None] = [None] * len(jobs)
+
+    def lane(_: int) -> None:
+        try:
+            while (index := _next(largest_first)) is not None:
+                outcomes[index] = work(jobs[index])
+        except BaseException:
+            largest_first.clear()  # the other threads stop, too
+            raise
+
+    map_in_threads(lane, range(threads), size=lambda _: 1, threads=threads)
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def _next(queue: deque[int]) -> int | None:
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
 
 
 def _live_tensors(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ and written to, this module does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def merge_tensor(
     *,
     measure_rounding: bool = True,
     out: Tensor | None = None,
+    memories: tuple[MutableMapping[Hashable, Any], ...] = (),
 ) -> MergedTensor:
     """Merge one tensor.
 
@@ -54,12 +56,14 @@ def merge_tensor(
             changes no bit of the result.
         out: where the result is to be, shaped and typed like the job's output; it then is the tensor that is returned.
             What it holds after an error is undefined.
+        memories: see `TensorContext.memories`.
 
     Raises:
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
-    made = _Output(job, out)
-    ready, notes, loss = _merge(job, read, seed, made.place, job.elements, measure_rounding)
+    inputs = job.inputs(read)
+    made = _Output(job, out, inputs[1][0].device)
+    ready, notes, loss = _merge(job, inputs, read, seed, made.place, job.elements, measure_rounding, memories)
     if ready is not None:
         if out is None and ready.tensor.dtype == job.out_dtype:
             return MergedTensor(ready.tensor, notes)
@@ -82,7 +86,7 @@ def merge_tensor_in_runs(
     Returns:
         What the method noted, and what rounding lost.
     """
-    ready, notes, loss = _merge(job, read, seed, place, RUN_ELEMENTS, measure_rounding)
+    ready, notes, loss = _merge(job, job.inputs(read), read, seed, place, RUN_ELEMENTS, measure_rounding)
     if ready is not None:
         loss = _hand_over(ready, job, place, RUN_ELEMENTS, measure_rounding)
     return notes, loss
@@ -91,26 +95,25 @@ def merge_tensor_in_runs(
 class _Output:
     """The whole of a result, given by the caller or made when the first place in it is asked for."""
 
-    def __init__(self, job: TensorJob, given: Tensor | None) -> None:
-        self._job, self._given = job, given
-        self._whole = given.detach() if given is not None and _is_plain(given) else None
+    def __init__(self, job: TensorJob, given: Tensor | None, device: torch.device) -> None:
+        self._job, self._given, self._device = job, given, device
+        fits = given is not None and given.device == device and given.is_contiguous()
+        self._whole = given.detach() if given is not None and fits else None
+        self._copied = given is not None and not fits
 
     def place(self, begin: int, end: int) -> Tensor:
         if self._whole is None:
-            self._whole = torch.empty(self._job.shape, dtype=self._job.out_dtype)
+            self._whole = torch.empty(self._job.shape, dtype=self._job.out_dtype, device=self._device)
         return self._whole.view(-1)[begin:end]
 
     def finished(self) -> Tensor:
-        whole = self.place(0, 0) if self._whole is None else self._whole
+        self.place(0, 0)  # of a tensor without elements nothing was asked for
+        assert self._whole is not None
         if self._given is None:
-            return whole
-        if not _is_plain(self._given):
-            self._given.detach().copy_(whole)
+            return self._whole
+        if self._copied:
+            self._given.detach().copy_(self._whole)
         return self._given
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,16 @@ class _Ready:
 
 def _merge(
     job: TensorJob,
+    inputs: tuple[Tensor | None, list[Tensor]],
     read: Callable[[str, str], Tensor],
     seed: int,
     place: Place,
     run_elements: int,
     measure_rounding: bool,
+    memories: tuple[MutableMapping[Hashable, Any], ...] = (),
 ) -> tuple[_Ready | None, Mapping[str, object], RoundingLoss | None]:
     """Merge into the places, or return what is still to be put there; with the method's notes and the loss so far."""
-    base, models = job.inputs(read)
+    base, models = inputs
     context = TensorContext(
         job.name,
         seed=seed,
@@ -140,6 +145,7 @@ def _merge(
         layer=job.layer,
         num_layers=job.num_layers,
         statistics=tuple(None if stored is None else read(*stored) for stored in job.statistics),
+        memories=memories,
     )
     method, values = job.parameters.method, job.parameters.values
     start = models[0] if base is None else base

@@ -18,8 +18,7 @@ from dapt_merge.methods.fused import TaskVectorSum, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
-from dapt_merge.methods.selection import Cutoff, find_cutoffs, kept_count, kept_mask
-from dapt_merge.methods.stored_deltas import delta_magnitudes
+from dapt_merge.methods.selection import Cutoff, kept_count, kept_mask
 from dapt_merge.methods.task_arithmetic import (
     LAMBDA,
     NORMALIZE_BY_SUM,
@@ -33,6 +32,7 @@ from dapt_merge.methods.ties import (
     DENSITY,
     ELECT,
     NORMALIZE,
+    cutoffs_of,
     elected_copy,
     elected_dead_knobs,
     elected_in_one_pass,
@@ -99,11 +99,11 @@ def _bands(operands: Operands, values: Values, context: TensorContext) -> tuple[
 
 
 def _find_band(operands: Operands, position: int, outliers: int, kept: int) -> _Band:
-    counts = [count for count in (outliers, outliers + kept) if 0 < count < operands.numel]
-    magnitudes = delta_magnitudes([operands], position)
-    found = dict(zip(counts, find_cutoffs(magnitudes, counts), strict=True)) if counts else {}
+    context = operands.context
+    counts = tuple(count for count in (outliers, outliers + kept) if 0 < count < operands.numel)
+    found = dict(zip(counts, cutoffs_of(operands, position, counts, context), strict=True)) if counts else {}
     if outliers == operands.numel:  # gamma 1: one border, with nothing on its kept side
-        everything = find_cutoffs(magnitudes, [outliers])[0]
+        (everything,) = cutoffs_of(operands, position, (outliers,), context)
         return _Band(everything, everything)
     return _Band(found.get(outliers), found.get(outliers + kept))
 

@@ -19,9 +19,9 @@ these simply gets whole tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Value = float | bool | str
 Values = dict[str, Any]  # parameter name → value, or a tuple of values (one per model) for a per-model parameter
+Found = TypeVar("Found")
+_FACTS_KEPT = 64  # of one tensor: a search proposes densities without end
 Source = Literal["base"] | int  # an input of a merge: the base, or the position of a model
 
 
@@ -145,6 +147,8 @@ class TensorContext:
         statistics: for a method with a `file` parameter, what each model's file holds for this tensor; None for a model
             whose file has nothing on it.
         offset: index, in the flattened tensor, of the first element that an elementwise function was given.
+        memories: for each model, what earlier merges of this very tensor of it and of the base have found out about the
+            two (see `remembered`); empty where nothing is kept.
     """
 
     name: str
@@ -157,6 +161,19 @@ class TensorContext:
     num_layers: int | None = None
     statistics: tuple[Tensor | None, ...] = ()
     offset: int = 0
+    memories: tuple[MutableMapping[Hashable, Any], ...] = ()
+
+    def remembered(self, position: int, fact: Hashable, find: Callable[[], Found]) -> Found:
+        """Return what `find` finds out about the base and the model at `position`, which `fact` names completely."""
+        if not self.memories:
+            return find()
+        memory = self.memories[position]
+        if fact not in memory:
+            if len(memory) >= _FACTS_KEPT:
+                memory.pop(next(iter(memory)))
+            memory[fact] = find()
+        found: Found = memory[fact]
+        return found
 
     def label(self, source: Source) -> str:
         """Name an input for an error."""

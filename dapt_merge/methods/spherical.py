@@ -57,7 +57,7 @@ def _products(operands: Operands) -> Sequence[Sequence[float]]:
 def _coefficients(operands: Operands, values: Values, context: TensorContext) -> tuple[float, float] | None:
     """Return what base and model are multiplied with on the arc; None stands for the chord."""
     t, threshold = values["t"], values["dot_threshold"]
-    cosine = _cosine(operands)
+    cosine = context.remembered(0, "cosine", lambda: _cosine(operands))
     if cosine is None:
         context.notes["fallback"] = "linear: a vector of norm 0 has no direction"
         return None

@@ -19,7 +19,7 @@ from dapt_merge.methods.fused import TaskVectorSum, Thinning, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
-from dapt_merge.methods.selection import Cutoff, find_cutoff, kept_count, kept_mask
+from dapt_merge.methods.selection import Cutoff, find_cutoff, find_cutoffs, kept_count, kept_mask
 from dapt_merge.methods.stored_deltas import delta_magnitudes
 from dapt_merge.methods.task_arithmetic import LAMBDA, WEIGHT, cancelled_weight, input_copied, zeroed
 
@@ -173,6 +173,17 @@ def model_cutoffs(tensors: Sequence[Operands], density: Sequence[float]) -> list
     return [tuple(row) for row in zip(*columns, strict=True)]
 
 
+def cutoffs_of(
+    operands: Operands, position: int, counts: tuple[int, ...], context: TensorContext
+) -> tuple[Cutoff, ...]:
+    """Return the cutoffs that keep so many of the largest elements of one task vector."""
+    return context.remembered(
+        position,
+        ("cutoffs", counts),
+        lambda: tuple(find_cutoffs(delta_magnitudes([operands], position), counts)),
+    )
+
+
 class _Trim(NamedTuple):
     """What stays of a task vector (None: all of it), and what that is multiplied with."""
 
@@ -206,7 +217,7 @@ def _cutoffs(operands: Operands, values: Values, context: TensorContext) -> tupl
         return context.cutoffs
     voters = taking_part(values["weight"], values["density"])
     return tuple(
-        find_cutoff(delta_magnitudes([operands], position), kept_count(density, operands.numel))
+        cutoffs_of(operands, position, (kept_count(density, operands.numel),), context)[0]
         if position in voters and density < 1
         else None
         for position, density in enumerate(values["density"])
