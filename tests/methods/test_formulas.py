@@ -193,27 +193,6 @@ def test_the_order_of_the_models_does_not_matter_to_ties_and_sums(seed, order):
         assert_close(merge(name, base, [models[i] for i in order], **permuted), merged, [base, *models])
 
 
-@given(
-    SEEDS,
-    st.integers(-8, 8),
-    st.sampled_from(
-        [
-            "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear",
-            "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce",
-        ]
-    ),
-)  # fmt: skip
-def test_scaling_every_input_scales_the_result(seed, exponent, name):
-    """Scaling by a power of two is exact, so the results must agree in every bit."""
-    base, *models = draw_tensors(seed, (6, 5), 2 if name == "slerp" else 3)
-    values = {"t": 0.3} if name == "slerp" else {"weight": 0.3}
-    values = {} if name in ("model_stock", "sce") else values
-    if get_method(name).parameter("density"):
-        values["density"] = 0.5
-    scaled = merge(name, base * 2.0**exponent, [model * 2.0**exponent for model in models], **values)
-    assert torch.equal(scaled, merge(name, base, models, **values) * 2.0**exponent)
-
-
 @given(SEEDS, st.floats(0.01, 0.99))
 def test_ties_with_one_task_vector_keeps_exactly_k_elements(seed, density):
     base, model = draw_tensors(seed, (9, 11), 2)
