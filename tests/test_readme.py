@@ -38,6 +38,13 @@ def test_the_corpus_file_is_a_corpus_and_its_steps_go_into_a_run():
     assert run.corpus == config.documents
 
 
+def test_what_can_be_added_to_the_pretrain_file_is_known():
+    from dapt_merge.pretraining import load_pretrain_config
+
+    config = load_pretrain_config({**yaml_block("pretrain.yaml"), **yaml_block("more of pretrain.yaml")})
+    assert [entry.axis for entry in config.heldout] == [None, "general"]
+
+
 def test_the_merge_file_is_a_recipe():
     from dapt_merge.recipe import load_recipe
 
