@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dapt_merge.checkpoints.token_sources import (
     ModelEmbedding,
@@ -48,6 +48,10 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+# A key whose lines are all commented out is there and holds nothing.
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class Average(BaseModel):
@@ -93,7 +97,7 @@ class ModelInput(BaseModel):
 
     model: str = Field(min_length=1)
     average: Average | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +147,10 @@ class Slice(BaseModel):
     base_model: str | None = Field(default=None, min_length=1)
     # mergekit reads it and uses it nowhere.
     residual_weight: float | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
+
+
+Models = Annotated[list[ModelInput], BeforeValidator(lambda value: [] if value is None else value)]
 
 
 class Module(BaseModel):
@@ -154,9 +161,9 @@ class Module(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    models: list[ModelInput] = Field(default_factory=list)
+    models: Models = Field(default_factory=list)
     slices: list[Slice] | None = Field(default=None, min_length=1)
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
 
 
 class Recipe(BaseModel):
@@ -184,10 +191,10 @@ class Recipe(BaseModel):
 
     merge_method: str
     base_model: str | None = Field(default=None, min_length=1)
-    models: list[ModelInput] = Field(default_factory=list)
+    models: Models = Field(default_factory=list)
     slices: list[Slice] | None = Field(default=None, min_length=1)
     modules: dict[str, Module] | None = Field(default=None, min_length=1)
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -206,11 +213,6 @@ class Recipe(BaseModel):
     freeze: list[str] = Field(default_factory=list)
     rounding: Literal["nearest", "stochastic"] = "nearest"
     allow_config_mismatch: bool = False
-
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _empty_parameters(cls, value: object) -> object:
-        return {} if value is None else value
 
     @field_validator("dtype", "out_dtype")
     @classmethod

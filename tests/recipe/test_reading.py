@@ -105,6 +105,23 @@ class TestFiles:
         assert load_recipe(file(VALID)).references() == ("b", "d")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: ties\nbase_model: b\nparameters:\nmodels:\n  - {model: d, parameters: {weight: 1}}\n"
+        "  - model: b\n    parameters:\nslices:\nmodules:\ntokenizer:\nchat_template:\ndtype:\n",
+        "merge_method: passthrough\nmodels:\nbase_model:\nslices:\n  - base_model:\n    parameters:\n    sources:\n"
+        "      - {model: d, layer_range: [0, 1], parameters: }\n",
+        "merge_method: passthrough\nmodules:\n  default:\n    models: [{model: d}]\n    slices:\n    parameters:\n",
+    ],
+    ids=["models", "slices", "modules"],
+)
+def test_a_key_that_holds_nothing_is_as_if_it_were_not_there(text):
+    recipe = load_recipe(yaml.safe_load(text))
+    assert "parameters: {}" not in recipe.to_yaml()
+    assert load_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
 class TestKeys:
     @pytest.mark.parametrize(
         ("old", "new", "what", "where"),
