@@ -22,6 +22,7 @@ import xxhash
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.report import TensorOutcome, versions
 from dapt_merge.merging.tensor import RoundingLoss
+from dapt_merge.merging.unchanged import identity
 
 JOURNAL_FILE = ".finished.jsonl"
 
@@ -40,7 +41,7 @@ def resume_key(plan: MergePlan, shard_bytes: int, device: torch.device | None) -
         "recipe": plan.recipe.to_yaml(),
         "jobs": [_described(job) for job in plan.jobs],
         "labels": [(label, [str(file) for file in c.files]) for label, c in plan.checkpoints.items()],
-        "files": [_identity(file) for file in files],
+        "files": [(str(file.resolve()), *identity(file)) for file in files],
         "shard_bytes": shard_bytes,
         "device": str(device),
         "versions": versions(),
@@ -51,11 +52,6 @@ def resume_key(plan: MergePlan, shard_bytes: int, device: torch.device | None) -
 def _described(job: TensorJob) -> list[str]:
     places = (job.shape, job.out_dtype, job.reads, job.target_read, job.layer, job.num_layers, job.statistics)
     return [job.name, *map(str, places), job.parameters.method.name, repr(job.parameters.values)]
-
-
-def _identity(file: Path) -> list[Any]:
-    status = os.stat(file)
-    return [str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 @dataclass

@@ -33,6 +33,7 @@ from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, 
 from dapt_merge.merging.resume import Journal, resume_key
 from dapt_merge.merging.tensor import Place, RoundingLoss, merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
+from dapt_merge.merging.unchanged import Unchanged
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -69,7 +70,6 @@ def merge_to_disk(
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
     """
-    begun = time.monotonic()
     refuse_existing(out, overwrite)
     _refuse_input_as_output(plan, Path(out))
     prefetch.stop()
@@ -99,7 +99,7 @@ def merge_to_disk(
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")
     if not report.resumed_tensors:
-        remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - begun - (floor or 0.0))
+        remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - started)
     return report
 
 
@@ -123,12 +123,15 @@ def _write_weights(
 ) -> list[TensorOutcome]:
     """Merge and write every tensor that is not in a finished file; the outcomes are in the plan's order."""
     outcomes = dict(journal.outcomes)
+    checkpoints = plan.checkpoints.values()
+    inputs = Unchanged(info.file for c in checkpoints for info in c.tensors.values() if info.file is not None)
     merged_on_device = None if device is None else _on_device(plan, device)
 
     def note(file: str, names: tuple[str, ...]) -> None:
         journal.add(folder / file, [outcomes[name] for name in names], plan)
 
     def work(job: TensorJob) -> None:
+        inputs.check()
         with writer.stream(job.name) as stream:
             if merged_on_device is not None:
                 notes, rounding = merged_on_device(job, stream.place)
@@ -157,6 +160,7 @@ def _write_weights(
             threads=threads,
             on_progress=on_progress,
         )
+    inputs.check()
     return [outcomes[job.name] for job in plan.jobs]
 
 

@@ -170,3 +170,40 @@ def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path):
         merge(base, dapt, "linear", weight=0.5, out_dtype="bfloat16").save(tmp_path / "out")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+SLOWLY = """
+import sys, time
+from dapt_merge.cli import main
+from dapt_merge.merging import stream
+merged = stream.merge_tensor_in_runs
+def late(*arguments, **keywords):
+    time.sleep(0.05)
+    return merged(*arguments, **keywords)
+stream.merge_tensor_in_runs = late
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accident", ["deleted", "replaced", "growing"])
+def test_an_input_that_vanishes_or_changes_on_the_way_is_told_and_leaves_nothing(tmp_path, accident):
+    base, dapt = (save_large(tmp_path / name, seed, 60, 100_000) for seed, name in enumerate(("base", "dapt")))
+    flags = ["--base", base, "--dapt", dapt, "--method", "dare_ties", "--weight", "0.5", "density=0.5"]
+    process = start(SLOWLY, "merge", *flags, "-o", tmp_path / "out")
+    wait_for_partial(tmp_path, process)
+    weights = dapt / "model.safetensors"
+    if accident == "deleted":
+        weights.unlink()
+    elif accident == "replaced":
+        (tmp_path / "other").write_bytes(b"another file")
+        (tmp_path / "other").rename(weights)
+    else:
+        with open(weights, "ab") as file:
+            file.write(b"more")
+    assert process.wait() == 2
+    told = process.stderr.read()
+    assert "an input" in told
+    assert str(weights) in told
+    assert "Traceback" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "dapt"]
