@@ -88,10 +88,13 @@ def bound(case: Case, arithmetic: Arithmetic, base: Tensor, models: Sequence[Ten
 def roundings(case: Case, arithmetic: Arithmetic, shape: Sequence[int]) -> float:
     """Return how many roundings lie between the two engines' elements of a tensor of that shape."""
     theirs, own = ROUNDINGS[case.method]
+    rescaled = "rescale" in case.parameters
+    if rescaled:  # two sums, their ratio, the product with it; ours: ratio and product
+        theirs, own = theirs + 4, own + 2
     narrow = arithmetic.unit > 2.0**-24
     if narrow:
         return (1 if case.method in IN_FLOAT32 else theirs) + 1  # ours: the one of the output
-    return theirs + own + (math.sqrt(math.prod(shape)) if case.method in MEASURED else 0)
+    return theirs + own + (math.sqrt(math.prod(shape)) if rescaled or case.method in MEASURED else 0)
 
 
 def _undecided(case: Case, unit: float, base: Tensor, models: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
