@@ -161,6 +161,12 @@ def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:
 
 
 def _repaired(text: str, counts: CleaningCounts) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            counts.lone_surrogates += 1
+            text = lone_surrogates_replaced(text)
     clean = _treatment.clean
     if clean is not None and clean.boilerplate is not None:
         text, gone = without_boilerplate(text, _repeated, clean.boilerplate)
@@ -178,12 +184,6 @@ def _repaired(text: str, counts: CleaningCounts) -> str:
         if tidied != text:
             counts.whitespace.add(text, tidied)
             text = tidied
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            counts.lone_surrogates += 1
-            text = lone_surrogates_replaced(text)
     return text
 
 

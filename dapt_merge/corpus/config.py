@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError
-from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
+from dapt_merge.yaml_files import explained, located, overridden, read_mapping
 
 Role = Literal["domain", "replay"]
 ROLES: tuple[Role, Role] = ("domain", "replay")
@@ -290,9 +290,7 @@ def load_corpus_config(source: str | Path | Mapping[str, Any], overrides: Sequen
     else:
         origin = str(source)
         content = read_mapping(source, noun="corpus", remedy="Start from recipes/corpus-french-biomedical.yaml.")
-    for text in overrides:
-        key, value = parse_override(text)
-        set_at(content, key.split("."), value, key)
+    content = overridden(content, overrides)
     if not isinstance(source, Mapping):
         locate_inputs(content, Path(source).parent)
     try:

@@ -22,6 +22,7 @@ import xxhash
 
 from dapt_merge.atomic import atomic_folder
 from dapt_merge.corpus.boilerplate import LineCounter
+from dapt_merge.corpus.characters import shown_character
 from dapt_merge.corpus.cleaning import CleanBatch, CleaningCounts, Treatment, clean_batch, prepare_process
 from dapt_merge.corpus.config import Boilerplate, CorpusDocuments, CorpusSource
 from dapt_merge.corpus.contamination import Contact, ItemRuns, item_runs
@@ -33,7 +34,7 @@ from dapt_merge.errors import InputError
 OnProgress = Callable[[str, int, int], None]
 REMOVED = "removed.jsonl"
 CONTACTS = "contamination.jsonl"
-_FORMAT = "1"
+_FORMAT = "2"
 _DOCUMENTS_AT_ONCE = 500
 _CHARACTERS_AT_ONCE = 2_000_000
 # Below this many documents starting processes costs more than it saves.
@@ -418,11 +419,12 @@ def _cleaning_row(counts: CleaningCounts) -> dict[str, Any]:
         "unicode": {
             "documents_changed": counts.unicode.changed_documents,
             "characters_lost": counts.unicode.by_class(),
-            "characters_gained": dict(counts.unicode.gained.most_common(20)),
+            "characters_gained": _shown(counts.unicode.gained),
         },
         "whitespace": {
             "documents_changed": counts.whitespace.changed_documents,
             "characters_lost": counts.whitespace.by_class(),
+            "characters_gained": _shown(counts.whitespace.gained),
         },
         "boilerplate": {
             "documents_changed": counts.boilerplate_documents,
@@ -430,6 +432,10 @@ def _cleaning_row(counts: CleaningCounts) -> dict[str, Any]:
             "lines": dict(counts.boilerplate_lines.most_common(20)),
         },
     }
+
+
+def _shown(characters: Counter[str]) -> dict[str, int]:
+    return {shown_character(character): count for character, count in characters.most_common(12)}
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -6,6 +6,7 @@ why; what repairs took away from the texts; what repeated what; what the items t
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +135,7 @@ def manifest_in_markdown(manifest: Mapping[str, Any]) -> str:
         _left_out(manifest["sources"]),
         _repairs(manifest["sources"]),
         _repetitions(manifest["duplication"]),
-        _contacts(manifest["contamination"]),
+        _contacts(manifest["contamination"], manifest["steps"]["decontaminate"]),
     ]
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
@@ -230,8 +231,11 @@ def _repairs(sources: Sequence[Mapping[str, Any]]) -> str:
         for step in ("unicode", "whitespace") if cleaning else ():
             found = cleaning[step]
             if found["documents_changed"]:
-                lines.append(f"\n### {source['name']}: {step}, {found['documents_changed']:,} documents changed\n")
+                lines.append(f"\n### {source['name']}: {step}, {_documents(found['documents_changed'])} changed\n")
                 lines.append(_lost_characters(found["characters_lost"]))
+                gained = ", ".join(f"{_code(c)} × {n:,}" for c, n in found["characters_gained"].items())
+                if gained:
+                    lines.append(f"In their place came {gained}.\n")
         if cleaning and cleaning["boilerplate"]["documents_changed"]:
             lines.append(_lost_lines(source["name"], cleaning["boilerplate"]))
     if not any(source["cleaning"] for source in sources):
@@ -256,7 +260,7 @@ def _lost_lines(name: str, boilerplate: Mapping[str, Any]) -> str:
     rows = [[_code(line), f"{count:,}"] for line, count in boilerplate["lines"].items()]
     return (
         f"\n### {name}: boilerplate, {boilerplate['lines_lost']:,} lines out of "
-        f"{boilerplate['documents_changed']:,} documents\n\n" + _table(["Line", "Times"], rows, "lr")
+        f"{_documents(boilerplate['documents_changed'])}\n\n" + _table(["Line", "Times"], rows, "lr")
     )
 
 
@@ -268,7 +272,7 @@ def _repetitions(duplication: Mapping[str, Any] | None) -> str:
         found = duplication.get(kind)
         if found is None:
             continue
-        parts.append(f"\n### {title}: {found['documents']:,} documents left out\n")
+        parts.append(f"\n### {title}: {_documents(found['documents'])} left out\n")
         if found["documents"]:
             rows = [[b["left_out_of"], b["kept_in"], f"{b['documents']:,}"] for b in found["between"]]
             parts.append(_table(["Left out of", "First copy kept in", "Documents"], rows, "llr"))
@@ -286,8 +290,8 @@ def _repetitions(duplication: Mapping[str, Any] | None) -> str:
     return "\n".join(parts)
 
 
-def _contacts(contamination: Mapping[str, Any] | None) -> str:
-    if contamination is None:
+def _contacts(contamination: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> str:
+    if contamination is None or settings is None:
         return ""
     tasks = [
         [
@@ -312,7 +316,11 @@ def _contacts(contamination: Mapping[str, Any] | None) -> str:
         for row in shown
     ]
     head = ["Task", "Items", "too short to look for", "found in documents", "Documents", "most of an item in one"]
-    page = f"## Items found in the corpus: {contamination['found']:,} documents, {verb}\n\n"
+    found = f"{_documents(contamination['found'])}, {verb}" if contamination["found"] else "none"
+    page = (
+        f"## Items found in the corpus: {found}\n\nLooked for: runs of {settings['ngram']} words, at least "
+        f"{100 * settings['minimum_share']:g}% of those of an item (at 0%: one run).\n\n"
+    )
     page += _table(head, tasks, "lrrrrr")
     if documents:
         page += (
@@ -349,8 +357,23 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    text = text.replace("\r", "␍").replace("\n", "⏎").replace("\t", "⇥").replace("`", "ˋ")
-    return f"`{text}`"
+    return f"`{''.join(map(_visible, text))}`"
+
+
+def _visible(character: str) -> str:
+    """Return a character, or what stands for one that cannot be seen."""
+    if character in "\n`":
+        return {"\n": "⏎", "`": "ˋ"}[character]
+    kind = unicodedata.category(character)
+    if kind == "Cc":
+        return chr(0x2400 + ord(character)) if ord(character) < 32 else f"[U+{ord(character):04X}]"
+    if kind.startswith("M"):
+        return f"◌{character}"
+    return f"[U+{ord(character):04X}]" if kind in ("Cf", "Zl", "Zp", "Co", "Cn") or character == "\u00a0" else character
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document" if count == 1 else f"{count:,} documents"
 
 
 def _short(place: str) -> str:

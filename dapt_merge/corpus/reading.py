@@ -135,24 +135,29 @@ def read_file(file: Path, text_field: str = "text", document: str = "file") -> I
         InputError: not what its name says, not UTF-8, binary, not JSON, no such field, no text in it, a document
             longer than 64 MiB; it names the file and the line.
     """
-    kind = _suffix(file)
+    kind, label = _suffix(file), _label(file)
     if kind in PARQUET:
         yield from _parquet_rows(file, text_field)
     elif kind in JSON_LINES:
         for number, line in _lines(file):
             if line.strip():
-                yield Document(_text_of_line(line, text_field, file, number), str(file), number)
+                yield Document(_text_of_line(line, text_field, file, number), label, number)
     elif document == "line":
         for number, line in _lines(file):
-            yield Document(line.rstrip("\r\n"), str(file), number)
+            yield Document(line.rstrip("\r\n"), label, number)
     else:
         yield from _joined_lines(file, whole=document == "file")
+
+
+def _label(file: Path) -> str:
+    """Return the file's path as text that UTF-8 can hold, whatever bytes its name is made of."""
+    return str(file).encode("utf-8", "replace").decode()
 
 
 def _joined_lines(file: Path, *, whole: bool) -> Iterator[Document]:
     """Yield a text file whole, or its paragraphs."""
     gathered: list[str] = []
-    first = size = 0
+    first, size, label = 0, 0, _label(file)
     for number, line in _lines(file):
         if whole or line.strip():
             first = first if gathered else number
@@ -161,10 +166,10 @@ def _joined_lines(file: Path, *, whole: bool) -> Iterator[Document]:
             if size > LONGEST_DOCUMENT_BYTES:
                 raise _too_long(file, first, "Set 'document' to 'paragraph' or 'line'.")
         elif gathered:
-            yield Document("".join(gathered), str(file), first)
+            yield Document("".join(gathered), label, first)
             gathered, size = [], 0
     if gathered or whole:
-        yield Document("".join(gathered), str(file), max(first, 1))
+        yield Document("".join(gathered), label, max(first, 1))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -280,7 +285,7 @@ def _parquet_rows(file: Path, field: str) -> Iterator[Document]:
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield Document(_checked_text(value, field, f"{file}, row {number}"), str(file), number)
+                    yield Document(_checked_text(value, field, f"{file}, row {number}"), _label(file), number)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
             f"the Parquet file cannot be read ({_first_line(error)})", where=file, remedy="Fetch or make it again."

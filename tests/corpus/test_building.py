@@ -97,7 +97,16 @@ def test_every_document_left_out_is_named_with_its_reason(
 
 def test_the_page_shows_licences_losses_and_copies(settings: dict[str, Any], tokenizer: Any) -> None:
     page = (build(settings, tokenizer).folder / "manifest.md").read_text(encoding="utf-8")
-    for said in ("CC-BY-4.0", "not told", "25.0", FOOTER, "Near copies: 2", "Exact copies: 2", "Ã", "notes.jsonl:32"):
+    for said in (
+        "CC-BY-4.0",
+        "not told",
+        "25.0",
+        FOOTER,
+        "Near copies: 2 documents",
+        "Exact copies: 2",
+        "Ã",
+        "notes.jsonl:32",
+    ):
         assert said in page
     # Every row of a table has the cells of its head.
     for block in page.split("\n\n"):
@@ -208,8 +217,9 @@ def test_without_steps_documents_are_taken_as_they_are(tmp_path: Path, tokenizer
 def test_a_lone_surrogate_is_replaced_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "c.jsonl"
     file.write_text('{"text": "une moiti\\u00e9 \\ud83d seule"}\n', encoding="utf-8")
-    corpus = build({"sources": [str(file)], "sequence_length": 8}, tokenizer)
-    assert corpus.manifest["sources"][0]["lone_surrogates_replaced"] == 1
+    for clean in (None, {"quality": False, "language": False}):
+        corpus = build({"sources": [str(file)], "clean": clean, "sequence_length": 8}, tokenizer)
+        assert corpus.manifest["sources"][0]["lone_surrogates_replaced"] == 1
 
 
 def test_a_trial_reads_the_first_documents_of_each_source(settings: dict[str, Any], tokenizer: Any) -> None:

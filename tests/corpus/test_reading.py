@@ -86,6 +86,16 @@ def test_a_plain_text_splits_into_documents_as_asked(
     assert found == expected
 
 
+def test_a_file_whose_name_is_no_text_is_read(tmp_path: Path) -> None:
+    import os
+
+    name = os.fsencode(tmp_path) + b"/notes-\xe9.jsonl"
+    with open(name, "wb") as file:
+        file.write(b'{"text": "a"}\n')
+    (document,) = read_source(source(tmp_path))
+    assert document.place.encode() == os.fsencode(tmp_path) + b"/notes-?.jsonl:1"
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "é"}\n', encoding="utf-8-sig")
     assert read(tmp_path / "c.jsonl") == ["é"]
