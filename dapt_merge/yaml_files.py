@@ -5,9 +5,10 @@ A key given twice is an error here, where YAML would silently take the last. Wha
 
 from __future__ import annotations
 
+import copy
 import os
 import reprlib
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,23 @@ def parse_override(text: str) -> tuple[str, Any]:
     if value is None:
         raise InputError(f"'{text}' gives no value", where=key, remedy="Write a value after the equals sign.")
     return key.strip(), value
+
+
+def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a file's mapping with `key=value` overrides applied; a dotted key reaches inside.
+
+    Raises:
+        InputError: as `parse_override` and `set_at`.
+
+    Example:
+        >>> overridden({"corpus": [{"path": "a"}]}, ["corpus.0.path=b", "seed=1"])
+        {'corpus': [{'path': 'b'}], 'seed': 1}
+    """
+    edited = copy.deepcopy(dict(content))
+    for text in overrides:
+        key, value = parse_override(text)
+        set_at(edited, key.split("."), value, key)
+    return edited
 
 
 def set_at(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:

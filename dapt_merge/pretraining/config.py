@@ -6,7 +6,6 @@ by the modules that use them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.corpus.config import CorpusConfig, CorpusDocuments, corpus_fields_at, locate_inputs, refuse_inert_roles
-from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
+from dapt_merge.yaml_files import explained, located, overridden, read_mapping
 
 Precision = Literal["bf16-master", "fp32", "bf16-autocast", "bf16", "auto"]
 
@@ -246,7 +245,7 @@ def load_pretrain_config(source: str | Path | Mapping[str, Any], overrides: Sequ
     origin = "configuration" if isinstance(source, Mapping) else str(source)
     content = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     try:
-        content = _with_overrides(content, overrides)
+        content = overridden(content, overrides)
         if not isinstance(source, Mapping):
             _locate_inputs(content, Path(source).parent)
         return PretrainConfig.model_validate(content)
@@ -256,14 +255,6 @@ def load_pretrain_config(source: str | Path | Mapping[str, Any], overrides: Sequ
 
 def _read(path: Path) -> dict[str, Any]:
     return read_mapping(path, noun="pre-training run", remedy="Start from recipes/pretrain-demo.yaml.")
-
-
-def _with_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    edited = copy.deepcopy(dict(content))
-    for text in overrides:
-        key, value = parse_override(text)
-        set_at(edited, key.split("."), value, key)
-    return edited
 
 
 def _locate_inputs(content: dict[str, Any], folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.yaml_files import explained, located, parse_override, read_mapping, set_at
+from dapt_merge.yaml_files import explained, located, overridden, read_mapping
 
 SAMPLERS = ("tpe", "nsgaii", "nsgaiii", "gp", "qmc", "random", "grid")
 MINIMISED_METRICS = ("bits_per_byte", "brier_score")
@@ -136,11 +136,8 @@ def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequenc
         >>> load_study_config("search/linear_sweep.yaml", ["base=models/base", "budget.trials=11"])  # doctest: +SKIP
     """
     raw, where, beside = _read(source)
-    for override in overrides:
-        key, value = parse_override(override)
-        set_at(raw, key.split("."), value, key)
     try:
-        config = StudyConfig.model_validate(raw)
+        config = StudyConfig.model_validate(overridden(raw, overrides))
     except ValidationError as error:
         raise explained(error, where, _known_keys) from error
     _check(config, where)
@@ -149,16 +146,10 @@ def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequenc
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path]:
     if isinstance(source, Mapping):
-        return _deep_copy(source), "the study", Path.cwd()
+        return dict(source), "the study", Path.cwd()
     path = Path(source)
     raw = read_mapping(path, noun="study", remedy="See the examples in search/.")
     return raw, str(path), path.resolve().parent
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _deep_copy(item) for key, item in value.items()}
-    return [_deep_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
