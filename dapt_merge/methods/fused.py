@@ -11,7 +11,7 @@ What this module does not know: which method it serves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -112,39 +112,26 @@ class Program:
         """
         from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
 
-        finite, updated, lost = kernels.merge(
+        merge = kernels.merge_inputs if self._packed.of_inputs else kernels.merge_task_vectors
+        finite, updated, lost = merge(
             self._addresses,
             self._codes,
             begin,
             out.numel(),
             *place_of(out),
             self._packed.row * max(1, kernels.RUN_ELEMENTS // self._packed.row),
-            *self._packed.arguments(),
+            *self._packed.arguments,
         )
         return RoundingLoss(updated, lost) if finite else None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Packed:
-    """The arguments of `kernels.merge` from `kind` on, in its order; see there."""
+    """The arguments of `kernels.merge_inputs` or `merge_task_vectors` from `kind` on, and the elements of a row."""
 
-    kind: int
-    coefficients: np.ndarray
-    anchor: int = 0
-    voters: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    thinning: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    bands: np.ndarray = field(default_factory=lambda: np.zeros((0, 6), np.int64))
-    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 2), np.uint32))
-    row: int = 1
-    limits: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.uint32))
-    probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
-    factors: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    elect: int = 0
-    normalize: bool = False
-    scale: float = 1.0
-
-    def arguments(self) -> tuple[Any, ...]:
-        return tuple(self.__dict__.values())
+    of_inputs: bool
+    row: int
+    arguments: tuple[Any, ...]
 
 
 def _packed(fused: Fused, operands: Operands) -> _Packed:
@@ -153,42 +140,46 @@ def _packed(fused: Fused, operands: Operands) -> _Packed:
     if isinstance(fused, InputSum):
         anchor = max(range(len(fused.coefficients)), key=lambda position: abs(fused.coefficients[position]))
         kind = kernels.AFFINE if fused.affine else kernels.SUM
-        return _Packed(kind, np.array(fused.coefficients, np.float64), anchor)
+        return _Packed(True, 1, (kind, np.array(fused.coefficients, np.float64), anchor))
     voters, context = len(fused.positions), operands.context
     row = next((len(thinning.probabilities) for thinning in fused.thinnings if isinstance(thinning, ByRank)), 1)
-    packed = _Packed(
-        kernels.SCALED if fused.elect is None else kernels.ELECTED,
-        np.array(fused.scales, np.float64),
-        voters=np.array(fused.positions, np.int64) + 1,
-        thinning=np.zeros((voters, 3), np.int64),
-        bands=np.zeros((voters, 6), np.int64),
-        keys=np.zeros((voters, 1 + (operands.numel - 1 >> 32), 2), np.uint32),
-        row=row,
-        limits=np.zeros((voters, row), np.uint32),
-        probabilities=np.ones((voters, row), np.float32),
-        factors=np.ones(voters, np.float32),
-        elect=("weighted", "unweighted", "count").index(fused.elect or "weighted"),
-        normalize=fused.normalize,
-        scale=fused.lambda_,
-    )
+    kinds, bands = np.zeros((voters, 3), np.int64), np.zeros((voters, 6), np.int64)
+    keys = np.zeros((voters, 1 + (operands.numel - 1 >> 32), 2), np.uint32)
+    limits, probabilities = np.zeros((voters, row), np.uint32), np.ones((voters, row), np.float32)
+    factors = np.ones(voters, np.float32)
     for place, thinning in enumerate(fused.thinnings):
         if thinning is None:
             continue
         if isinstance(thinning, ToBand):
-            packed.thinning[place, 0] = kernels.BAND
-            packed.bands[place] = _borders(thinning.lower) + _borders(thinning.upper)
+            kinds[place, 0] = kernels.BAND
+            bands[place] = _borders(thinning.lower) + _borders(thinning.upper)
         else:
-            packed.keys[place] = mask_keys(context.seed, context.name, thinning.stream, packed.keys.shape[1])
+            keys[place] = mask_keys(context.seed, context.name, thinning.stream, keys.shape[1])
             if isinstance(thinning, AtRandom):
-                packed.thinning[place, :2] = kernels.RANDOM, keep_limits(thinning.probability) - 1
+                kinds[place, :2] = kernels.RANDOM, keep_limits(thinning.probability) - 1
             else:
-                packed.thinning[place, 0] = kernels.BY_RANK
-                packed.thinning[place, 2] = thinning.factor is None
-                packed.limits[place] = (keep_limits(thinning.probabilities) - 1).numpy()
-                packed.probabilities[place] = thinning.probabilities.float().numpy()
+                kinds[place, 0] = kernels.BY_RANK
+                kinds[place, 2] = thinning.factor is None
+                limits[place] = (keep_limits(thinning.probabilities) - 1).numpy()
+                probabilities[place] = thinning.probabilities.float().numpy()
         if thinning.factor is not None:
-            packed.factors[place] = thinning.factor
-    return packed
+            factors[place] = thinning.factor
+    arguments = (
+        kernels.SCALED if fused.elect is None else kernels.ELECTED,
+        np.array(fused.scales, np.float64),
+        np.array(fused.positions, np.int64) + 1,
+        kinds,
+        bands,
+        keys,
+        row,
+        limits,
+        probabilities,
+        factors,
+        ("weighted", "unweighted", "count").index(fused.elect or "weighted"),
+        fused.normalize,
+        float(fused.lambda_),
+    )
+    return _Packed(False, row, arguments)
 
 
 def _borders(cutoff: Cutoff | None) -> list[int]:

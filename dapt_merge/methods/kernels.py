@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 ITEM_BYTES = (2, 2, 4)
 
-# How the inputs are combined (see `merge`).
+# How the inputs are combined.
 AFFINE, SUM, SCALED, ELECTED = 0, 1, 2, 3
 WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
 # How a task vector is thinned.
@@ -36,7 +36,7 @@ _COUNTED = 1 << 16  # elements between which counts and flags are looked at, whe
 SUMMED = 1024  # elements that `products` adds up at a time
 _INFINITE = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_RANK_BUCKETS = 2048
+_RANK_BUCKETS = (16 << 7) + 2
 
 
 def _compiled(function: Function) -> Function:
@@ -265,49 +265,74 @@ def _subtract_and_band(model: Any, base: Any, start: int, band: Any, factor: Any
 
 
 @_compiled
-def _order_row(bits: Any, keys: Any, counts: Any) -> int:
-    """Write the indices of a row's elements that are not 0, the largest first, into the low halves of `keys`.
+def _drop_hashed(delta: Any, low: Any, first_key: Any, second_key: Any, highest: Any) -> None:
+    for i in range(delta.size):
+        kept = _hashed(np.uint32(low + np.uint32(i)), first_key, second_key) <= highest[i]
+        delta[i] = delta[i] * (np.float32(1) if kept else np.float32(0))
 
-    Buckets of nearly equal magnitude are filled in the order of the elements, and what is out of order within one is
-    moved by insertion: nearly nothing, and where it is much, a sort does it. Returns how many there are.
+
+@_compiled
+def _fill_buckets(bits: Any, bucket_of: Any) -> Any:
+    """Write which bucket of nearly equal magnitude each element of a row belongs to, the largest first; and how many.
+
+    They cover 16 octaves below the largest magnitude, then one holds all below, and the last all zeros.
     """
     largest = np.uint32(0)
     for i in range(bits.size):
         largest = max(largest, np.uint32(bits[i] & _MAGNITUDE))
-    shift = 16 if bits.size >= 1024 else 18
-    buckets = 16 << (23 - shift)  # 16 octaves below the largest; the last bucket holds all below
-    top = np.int64(largest) >> shift
-    counts[:buckets] = 0
-    found = 0
+    shift = np.uint32(16 if bits.size >= 1024 else 18)
+    smallest, zeros = np.int32(16 << (23 - shift)), np.int32((16 << (23 - shift)) + 1)
+    top = np.int32(np.uint32(largest >> shift))
     for i in range(bits.size):
-        magnitude = np.int64(bits[i] & _MAGNITUDE)
-        if magnitude:
-            counts[min(top - (magnitude >> shift), buckets - 1)] += 1
-            found += 1
-    before = 0
+        magnitude = np.uint32(bits[i] & _MAGNITUDE)
+        bucket = min(np.int32(top - np.int32(np.uint32(magnitude >> shift))), smallest)
+        bucket_of[i] = bucket if magnitude != np.uint32(0) else zeros
+    return zeros + 1
+
+
+@_compiled
+def _order_row(bits: Any, order: Any, bucket_of: Any, ends: Any) -> None:
+    """Write the indices of a row's elements into `order`, the largest first, equal ones by index.
+
+    Buckets are filled in the order of the elements, and what is out of order within one is moved by insertion: nearly
+    nothing, and where it is much, a sort does it.
+    """
+    buckets = _fill_buckets(bits, bucket_of)
+    ends[:buckets] = 0
+    for i in range(bits.size):
+        ends[bucket_of[i]] += 1
+    before = np.int32(0)
     for bucket in range(buckets):
-        held = counts[bucket]
-        counts[bucket] = before
+        held = ends[bucket]
+        ends[bucket] = before
         before += held
     for i in range(bits.size):
-        magnitude = np.int64(bits[i] & _MAGNITUDE)
-        if magnitude:
-            bucket = min(top - (magnitude >> shift), buckets - 1)
-            keys[counts[bucket]] = ((np.int64(0x7FFFFFFF) - magnitude) << 32) | i
-            counts[bucket] += 1
-    moves_left = 32 * found
-    for place in range(1, found):
-        key = keys[place]
+        place = ends[bucket_of[i]]
+        order[place] = i
+        ends[bucket_of[i]] = place + 1
+    moves_left = 32 * bits.size
+    for place in range(1, bits.size):
+        index = order[place]
+        magnitude = np.uint32(bits[index] & _MAGNITUDE)
         hole = place
-        while hole > 0 and keys[hole - 1] > key:
-            keys[hole] = keys[hole - 1]
+        while hole > 0 and np.uint32(bits[order[hole - 1]] & _MAGNITUDE) < magnitude:
+            order[hole] = order[hole - 1]
             hole -= 1
-        keys[hole] = key
+        order[hole] = index
         moves_left -= place - hole
         if moves_left < 0:
-            keys[:found].sort()
-            break
-    return found
+            _sort_row(bits, order)
+            return
+
+
+@_compiled
+def _sort_row(bits: Any, order: Any) -> None:
+    keys = np.empty(bits.size, np.int64)
+    for i in range(bits.size):
+        keys[i] = ((np.int64(_MAGNITUDE) - np.int64(bits[i] & _MAGNITUDE)) << 32) | i
+    keys.sort()
+    for i in range(bits.size):
+        order[i] = np.int32(keys[i] & 0xFFFFFFFF)
 
 
 @_compiled
@@ -315,26 +340,20 @@ def _drop_by_rank(delta: Any, start: int, row: int, limits: Any, probabilities: 
     """Keep each element of whole rows with the probability that its rank in its row has, and divide by that."""
     count = delta.size
     bits = delta.view(np.uint32)
-    limit_of = np.zeros(count, np.uint32)
-    probability_of = np.ones(count, np.float32)
-    order = np.empty(row, np.int64)
-    counts = np.empty(_RANK_BUCKETS, np.int64)
+    limit_of, probability_of = np.empty(count, np.uint32), np.empty(count, np.float32)
+    order, bucket_of, ends = np.empty(row, np.int32), np.empty(row, np.int32), np.empty(_RANK_BUCKETS, np.int32)
     for first in range(0, count, row):
-        found = _order_row(bits[first : first + row], order, counts)
-        for rank in range(found):
-            place = first + (order[rank] & 0xFFFFFFFF)
-            limit_of[place] = limits[rank]
-            probability_of[place] = probabilities[rank]
+        _order_row(bits[first : first + row], order, bucket_of, ends)
+        limit_row, probability_row = limit_of[first : first + row], probability_of[first : first + row]
+        for rank in range(row):
+            limit_row[order[rank]] = limits[rank]
+            probability_row[order[rank]] = probabilities[rank]
     done = 0
     while done < count:  # a long row may cross multiples of 2**32
-        low = (start + done) & 0xFFFFFFFF
-        end = min(count, done + (1 << 32) - low)
-        first_key, second_key = keys[(start + done) >> 32, 0], keys[(start + done) >> 32, 1]
-        begin = np.uint32(low)
-        for i in range(end - done):
-            kept = _hashed(np.uint32(begin + np.uint32(i)), first_key, second_key) <= limit_of[done + i]
-            delta[done + i] = delta[done + i] * (np.float32(1) if kept else np.float32(0))
-        done = end
+        high, low = (start + done) >> 32, (start + done) & 0xFFFFFFFF
+        run = slice(done, min(count, done + (1 << 32) - low))
+        _drop_hashed(delta[run], np.uint32(low), keys[high, 0], keys[high, 1], limit_of[run])
+        done = run.stop
     if divide:
         for i in range(count):
             delta[i] = delta[i] / probability_of[i]
@@ -558,7 +577,7 @@ def _merge_two_of_bfloat16(
 
 
 @_compiled
-def merge(
+def merge_inputs(
     addresses: Any,
     codes: Any,
     begin: int,
@@ -569,6 +588,64 @@ def merge(
     kind: int,
     coefficients: Any,
     anchor: int,
+) -> Any:
+    """Merge `count` elements of inputs that are summed as they are, `run` at a time, into the output.
+
+    Args:
+        addresses: of the inputs' first elements; the first input is what an update starts from.
+        codes: what the inputs are stored in.
+        begin: index of the first element to merge.
+        count: number of elements.
+        out_address: of the output's first element.
+        out_code: what it is stored in.
+        run: elements handled at a time.
+        kind: AFFINE (Σcᵢθᵢ for cᵢ that add to 1, from the input `anchor`) or SUM (Σcᵢθᵢ).
+        coefficients: float64, one per input.
+        anchor: see `kind`.
+
+    Returns:
+        (whether all inputs and results are finite, elements that the merge moves away from the first input, and those
+        of them that rounding to a 16-bit output moves back)
+    """
+    in_bfloat16 = out_code == BFLOAT16 and np.all(codes == BFLOAT16)
+    if in_bfloat16 and len(addresses) == 2 and np.all(coefficients != 0):
+        return _merge_two_of_bfloat16(addresses, begin, count, out_address, kind, coefficients, anchor)
+    size = min(run, count)
+    inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
+    updated = lost = 0
+    for start in range(begin, begin + count, run):
+        if begin + count - start < size:
+            # Buffers of exactly the size of a run have no gaps, which vector instructions need.
+            size = begin + count - start
+            inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
+        finite = True
+        for position in range(len(addresses)):
+            finite &= _widen(addresses[position], codes[position], start, inputs[position])
+        if not finite:
+            return False, 0, 0
+        if kind == AFFINE:
+            _affine(inputs, coefficients, anchor, merged)
+        else:
+            _sum(inputs, coefficients, merged)
+        finite, moved, moved_back = _store(merged, inputs[0], out_address, out_code, start - begin)
+        if not finite:
+            return False, 0, 0
+        updated += moved
+        lost += moved_back
+    return True, updated, lost
+
+
+@_compiled
+def merge_task_vectors(
+    addresses: Any,
+    codes: Any,
+    begin: int,
+    count: int,
+    out_address: int,
+    out_code: int,
+    run: int,
+    kind: int,
+    scales: Any,
     voters: Any,
     thinning: Any,
     bands: Any,
@@ -579,22 +656,16 @@ def merge(
     factors: Any,
     elect: int,
     normalize: bool,
-    scale: Any,
+    scale: float,
 ) -> Any:
-    """Merge `count` elements, `run` at a time, into the output.
+    """Merge `count` elements of the base, the first input, and task vectors into the output; see `merge_inputs`.
 
     Args:
-        addresses: of the inputs' first elements; the first input is what an update starts from.
-        codes: what the inputs are stored in.
-        begin: index of the first element to merge.
-        count: number of elements.
-        out_address: of the output's first element.
-        out_code: what it is stored in.
+        addresses, codes, begin, count, out_address, out_code: as for `merge_inputs`.
         run: elements handled at a time; whole rows where ranks are asked for.
-        kind: AFFINE (Σcᵢθᵢ for cᵢ that add to 1, from `anchor`), SUM (Σcᵢθᵢ), SCALED (θ₀ + Σcᵢδᵢ) or ELECTED.
-        coefficients: float64, one per input (AFFINE, SUM) or per voter.
-        anchor: see `kind`.
-        voters: which inputs take part as task vectors (SCALED, ELECTED).
+        kind: SCALED (θ₀ + Σsᵢδᵢ) or ELECTED.
+        scales: float64, one per voter: sᵢ, or the weights of the votes.
+        voters: which inputs take part as task vectors.
         thinning: one row per voter: how it is thinned, the highest hash that is kept (RANDOM), whether it is then
             divided by its probability (BY_RANK).
         bands: one row per voter: (is there a cutoff, bits, last tied) of the lower and of the upper one (BAND).
@@ -603,25 +674,19 @@ def merge(
         limits: uint32 [voter, row]: the highest hash that is kept, by rank.
         probabilities: float32 [voter, row], by rank.
         factors: float32, one per voter: what is left of it is multiplied with this.
-        elect: WEIGHTED, UNWEIGHTED or COUNT.
-        normalize: divide by the weights that agree.
+        elect: WEIGHTED, UNWEIGHTED or COUNT (ELECTED).
+        normalize: divide by the weights that agree (ELECTED).
         scale: λ (ELECTED).
 
     Returns:
-        (whether all inputs and results are finite, elements that the merge moves away from the first input, and those
-        of them that rounding to a 16-bit output moves back)
+        As `merge_inputs`.
     """
-    in_bfloat16 = out_code == BFLOAT16 and np.all(codes == BFLOAT16)
-    if kind <= SUM and in_bfloat16 and len(addresses) == 2 and np.all(coefficients != 0):
-        return _merge_two_of_bfloat16(addresses, begin, count, out_address, kind, coefficients, anchor)
     size = min(run, count)
     inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
     deltas = np.empty((len(voters), size), np.float32)
     updated = lost = 0
     for start in range(begin, begin + count, run):
-        if (
-            begin + count - start < size
-        ):  # buffers of exactly the size of a run have no gaps, which vector instructions need
+        if begin + count - start < size:
             size = begin + count - start
             inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
             deltas = np.empty((len(voters), size), np.float32)
@@ -631,30 +696,25 @@ def merge(
         if not finite:
             return False, 0, 0
         base = inputs[0]
-        if kind == AFFINE:
-            _affine(inputs, coefficients, anchor, merged)
-        elif kind == SUM:
-            _sum(inputs, coefficients, merged)
-        else:
-            for position in range(len(voters)):
-                delta, model, factor = deltas[position], inputs[voters[position]], factors[position]
-                if thinning[position, 0] == RANDOM:
-                    highest = thinning[position, 1]
-                    _subtract_and_drop(model, base, start, highest, keys[position], factor, delta)
-                elif thinning[position, 0] == BAND:
-                    _subtract_and_band(model, base, start, bands[position], factor, delta)
-                elif thinning[position, 0] == BY_RANK:
-                    _subtract(model, base, np.float32(1), delta)
-                    divide = thinning[position, 2] != 0
-                    _drop_by_rank(delta, start, row, limits[position], probabilities[position], divide, keys[position])
-                    for i in range(size):
-                        delta[i] = delta[i] * factor
-                else:
-                    _subtract(model, base, factor, delta)
-            if kind == SCALED:
-                _scaled(base, deltas, coefficients, merged)
+        for position in range(len(voters)):
+            delta, model, factor = deltas[position], inputs[voters[position]], factors[position]
+            if thinning[position, 0] == RANDOM:
+                highest = thinning[position, 1]
+                _subtract_and_drop(model, base, start, highest, keys[position], factor, delta)
+            elif thinning[position, 0] == BAND:
+                _subtract_and_band(model, base, start, bands[position], factor, delta)
+            elif thinning[position, 0] == BY_RANK:
+                _subtract(model, base, np.float32(1), delta)
+                divide = thinning[position, 2] != 0
+                _drop_by_rank(delta, start, row, limits[position], probabilities[position], divide, keys[position])
+                for i in range(size):
+                    delta[i] = delta[i] * factor
             else:
-                _elected(base, deltas, coefficients, elect, normalize, np.float32(scale), merged)
+                _subtract(model, base, factor, delta)
+        if kind == SCALED:
+            _scaled(base, deltas, scales, merged)
+        else:
+            _elected(base, deltas, scales, elect, normalize, np.float32(scale), merged)
         finite, moved, moved_back = _store(merged, base, out_address, out_code, start - begin)
         if not finite:
             return False, 0, 0
@@ -777,7 +837,7 @@ def index_of(
             tie -= equal
             continue
         for i in range(size):
-            tie -= bits[i] == value
+            tie -= int(bits[i] == value)
             if tie == 0:
                 return start + i, 0
     return -1, tie
