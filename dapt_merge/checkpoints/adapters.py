@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo, tensor_digest
+from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.files import map_file, read_header, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.checkpoints.hub import looks_like_hub_id
@@ -135,17 +135,11 @@ def apply_adapter(base: Checkpoint, adapter: Adapter, label: str) -> Checkpoint:
         if change is None:
             return base.read_stored(name)
         weight = base.read(name) if change.replaced_by is None else adapter.read(change.replaced_by)
-        result = _adapted(weight, change, adapter)
-        if name in made.computed and name not in hashed:
-            # Now that it is computed: asking for its hash must not compute it once more.
-            hashed.add(name)
-            made.remember_digest(name, tensor_digest(result))
-        return result
+        return _adapted(weight, change, adapter)
 
     folder = adapter.folder if has_tokenizer(adapter.folder) else base.folder
     remarks = (*base.remarks, *_remarks(base, adapter))
     made = Checkpoint(label, read, infos.values(), folder=folder, config=config, aliases=aliases, remarks=remarks)
-    hashed: set[str] = set()
     made.computed = frozenset(name for name in changes if infos[name].file is not None)
     return made
 

@@ -116,7 +116,11 @@ class Checkpoint:
                 where=self.label,
                 remedy="Use a name that the checkpoint holds.",
             )
-        return self._reader(name)
+        tensor = self._reader(name)
+        if name in self.computed and name not in self._digests:
+            # Now that it is computed: asking for its hash must not compute it once more.
+            self._digests[name] = tensor_digest(tensor)
+        return tensor
 
     def layers_of(self, stack: str | None) -> int | None:
         """Return how many layers a stack has: "encoder" and "decoder" are counted apart, None is the only one."""

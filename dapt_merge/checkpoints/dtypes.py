@@ -1,6 +1,6 @@
 """The names that dtypes have in recipes, in config.json and in safetensors headers, and the torch dtypes they mean.
 
-Quantised storage (float8, packed integers) is left out on purpose: its numbers mean nothing without their scales.
+Packed integers are left out on purpose, and float8 stands apart: its numbers mean nothing without their scales.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOAT8_DTYPES: dict[str, torch.dtype] = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 OUTPUT_DTYPES: dict[str, torch.dtype] = {

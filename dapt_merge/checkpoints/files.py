@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dapt_merge.checkpoints.checkpoint import TensorInfo
-from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
+from dapt_merge.checkpoints.dtypes import FLOAT8_DTYPES, SAFETENSORS_DTYPES
 from dapt_merge.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -31,23 +31,28 @@ def map_file(file: Path) -> Any:
         ) from error
 
 
-def read_header(file: Path, handle: Any) -> list[TensorInfo]:
+def read_header(file: Path, handle: Any, *, float8: bool = False) -> list[TensorInfo]:
     """Return what a mapped file's header says of its tensors.
 
+    Args:
+        file: where it lies.
+        handle: from `map_file`.
+        float8: the checkpoint says how its float8 numbers are scaled, so that they may be among them.
+
     Raises:
-        InputError: a tensor in a dtype that cannot be merged (float8, packed integers).
+        InputError: a tensor in a dtype that cannot be merged (float8 without a word on its scales, packed integers).
     """
+    known = SAFETENSORS_DTYPES | (FLOAT8_DTYPES if float8 else {})
     infos = []
     for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
         stored = handle.get_slice(name)
-        dtype = SAFETENSORS_DTYPES.get(stored.get_dtype())
+        dtype = known.get(stored.get_dtype())
         if dtype is None:
             raise InputError(
                 f"tensor '{name}' is stored as {stored.get_dtype()}, which cannot be merged",
                 where=file,
-                remedy="Use the checkpoint in float32, bfloat16 or float16; one in float8 is turned into bfloat16 by "
-                "transformers: from_pretrained(folder, dtype='bfloat16', "
-                "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(other_folder).",
+                remedy="Use the checkpoint in float32, bfloat16 or float16; one in float8 needs its config.json, which "
+                "says how it is scaled (quantization_config).",
             )
         shape = tuple(stored.get_shape())
         infos.append(TensorInfo(name, dtype, shape, math.prod(shape) * dtype.itemsize, file))

@@ -20,6 +20,7 @@ from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, Adapter, apply_adapt
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
 from dapt_merge.checkpoints.files import PICKLES, map_file, read_header, read_json
+from dapt_merge.checkpoints.float8 import can_be_dequantised, dequantised_checkpoint
 from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, second_names
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
 from dapt_merge.checkpoints.live_names import stored_state
@@ -170,9 +171,11 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
     """Map the files, read their headers, and hold them against the index where there is one."""
     handles: dict[Path, Any] = {}
     infos: dict[str, TensorInfo] = {}
+    config = _read_config(folder)
+    quantisation = config.get("quantization_config")
     for file in files:
         handles[file] = map_file(file)
-        for info in read_header(file, handles[file]):
+        for info in read_header(file, handles[file], float8=bool(quantisation)):
             if info.name in infos:
                 raise InputError(
                     f"tensor '{info.name}' is stored in two shards", where=file, remedy="Save the checkpoint again."
@@ -180,7 +183,6 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
             infos[info.name] = info
     if expected is not None:
         _check_against_index(infos, expected, folder)
-    config = _read_config(folder)
     named = canonical_names(infos, config)
     where = {named[name]: (handles[info.file], name) for name, info in infos.items() if info.file is not None}
     infos = {named[name]: replace(info, name=named[name]) for name, info in infos.items()}
@@ -194,7 +196,7 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
         file = infos[name].file
         return None if file is None else prefetch.known_digest(file, where[name][1])
 
-    return Checkpoint(
+    opened = Checkpoint(
         label,
         read,
         (info for name, info in infos.items() if name not in aliases),
@@ -204,6 +206,7 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
         files=files,
         known_digest=known_digest,
     )
+    return dequantised_checkpoint(opened, quantisation) if quantisation else opened
 
 
 def _check_against_index(infos: Mapping[str, TensorInfo], expected: Mapping[str, str], folder: Path) -> None:
@@ -224,11 +227,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = read_json(path)
-    if config.get("quantization_config"):
+    quantisation = config.get("quantization_config")
+    if quantisation and not (isinstance(quantisation, Mapping) and can_be_dequantised(quantisation)):
         raise InputError(
             "the checkpoint is quantised; its numbers cannot be averaged",
             where=path,
-            remedy="Dequantise it first, or use the original float32, bfloat16 or float16 weights.",
+            remedy="Use the original float32, bfloat16 or float16 weights; of quantised ones only float8 can be read.",
         )
     return config
 
@@ -300,11 +304,9 @@ def _gguf_refused(file: Path) -> InputError:
     return InputError(
         "the weights are in GGUF, whose blocks are quantised and named for another program",
         where=file,
-        remedy="Dequantise it once with transformers, weights and tokenizer: "
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"a = dict(gguf_file='{file.name}'); [k.from_pretrained('{file.parent}', **a)"
-        f".save_pretrained('{file.parent}-safetensors') for k in (M, T)]\". "
-        "A file of 8 bits or fewer stays as coarse as it was.",
+        remedy='Dequantise it once, weights and tokenizer: python -c "from dapt_merge.demo.base_model import '
+        f"write_base_model as write; write('{file}', '{file.with_suffix('')}-safetensors')\". A file of 8 bits or "
+        "fewer stays as coarse as it was; where you have the original tokenizer, put it in place of the one written.",
     )
 
 

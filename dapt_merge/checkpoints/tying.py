@@ -86,4 +86,4 @@ class UntiedCheckpoint(Checkpoint):
         return self._own.fingerprint()
 
     def _read(self, name: str) -> Tensor:
-        return self._own.read_stored(self._second.get(name, name))
+        return self._own.read(self._second.get(name, name))

@@ -243,15 +243,15 @@ def test_shards_without_their_index_are_refused(tmp_path):
 def test_quantised_checkpoints_are_refused(tmp_path):
     refused(save_folder(tmp_path / "m", WEIGHTS, {"quantization_config": {"bits": 4}}), saying="quantised")
     eight_bit = {"w": torch.zeros(4, dtype=torch.float8_e4m3fn)}
-    refused(save_folder(tmp_path / "f8", eight_bit), saying="F8_E4M3", remedy="dequantize=True")
+    refused(save_folder(tmp_path / "f8", eight_bit), saying="F8_E4M3", remedy="quantization_config")
 
 
 def test_gguf_is_refused_with_the_command_that_dequantises_it(tmp_path):
     (tmp_path / "m").mkdir()
     file = tmp_path / "m" / "model-q8_0.gguf"
     file.write_bytes(b"GGUF")
-    refused(file, saying="GGUF", remedy="gguf_file='model-q8_0.gguf'")
-    refused(tmp_path / "m", saying="GGUF", remedy="save_pretrained")
+    refused(file, saying="GGUF", remedy=f"write('{file}'")
+    refused(tmp_path / "m", saying="GGUF", remedy=f"'{tmp_path / 'm' / 'model-q8_0-safetensors'}'")
 
 
 def test_a_config_that_is_no_json_object_is_refused(tmp_path):
