@@ -303,6 +303,8 @@ def _with_statistics(jobs: Sequence[TensorJob], files: Mapping[str, Statistics])
     Raises:
         InputError: the numbers on a tensor have another shape than it asks for; a file has none on any tensor.
     """
+    if not files:
+        return list(jobs)
     placed = [replace(job, statistics=_statistics_of(job, files)) for job in jobs]
     used = {place[0] for job in placed for place in job.statistics if place is not None}
     for path, file in files.items():
@@ -367,5 +369,7 @@ def _open(reference: str, recipe: Recipe, base: Checkpoint | None, given: Mappin
 
 
 def _spelled_in(opened: Mapping[str, Checkpoint], reference: str) -> str:
+    if reference in opened:
+        return reference
     same = (key for key in opened if os.path.normpath(key) == os.path.normpath(reference))
     return next(same, reference)
