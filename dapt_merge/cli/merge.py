@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,6 @@ def merge(
 
     dapt-merge merge --verify OUT
     """
-    import gc
-
     from dapt_merge.atomic import refuse_existing
     from dapt_merge.cli.console import console, output, print_json, progress
 
@@ -72,42 +71,65 @@ def merge(
         _refuse_without_output()
     if engine == "native":
         _read_ahead(arguments or [], base, dapt or [])
-    gc.disable()  # all that is made while the libraries load stays: a search for garbage only takes time
-    chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
-    refuse_existing(out, overwrite)
-    if _checked_engine(engine, threads, device) == "mergekit":
-        _by_mergekit(chain, out, overwrite, as_json)
-        return
+    with _uncollected():
+        chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
+        refuse_existing(out, overwrite)
+        if _checked_engine(engine, threads, device) == "mergekit":
+            _by_mergekit(chain, out, overwrite, as_json)
+            return
 
-    from dapt_merge.merging.chain import merge_chain
+        from dapt_merge.merging.chain import merge_chain
 
-    gc.freeze()
-    gc.enable()
-    shown: list[str] = []
+        shown: list[str] = []
 
-    def tell(warnings: Iterable[str], name: str | None) -> None:
-        for warning in warnings:
-            if warning not in shown:
-                shown.append(warning)
-                whose = "" if name is None else f"{name}: "
-                console.print(f"[yellow]warning:[/] {_escaped(whose + warning)}", soft_wrap=True)
+        def tell(warnings: Iterable[str], name: str | None) -> None:
+            for warning in warnings:
+                if warning not in shown:
+                    shown.append(warning)
+                    whose = "" if name is None else f"{name}: "
+                    console.print(f"[yellow]warning:[/] {_escaped(whose + warning)}", soft_wrap=True)
 
-    with progress("merging", "elements") as on_progress:
-        report = merge_chain(
-            chain,
-            out,
-            overwrite=overwrite,
-            threads=threads,
-            measure_copy=True,
-            device=device,
-            on_warnings=tell,
-            on_progress=on_progress,
-        )
+        _tell_of_compiling(chain)
+        with progress("merging", "elements") as on_progress:
+            report = merge_chain(
+                chain,
+                out,
+                overwrite=overwrite,
+                threads=threads,
+                measure_copy=True,
+                device=device,
+                on_warnings=tell,
+                on_progress=on_progress,
+            )
     if as_json:
         print_json(report.to_dict())
     else:
         for line in _summary(report, out):
             output.print(_escaped(line), soft_wrap=True)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Search for no garbage: what is made while the libraries load stays, and a merge makes next to none."""
+    import gc
+
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _tell_of_compiling(chain: list[NamedRecipe]) -> None:
+    """Say why the first merge after an installation takes longer, where a method has compiled loops."""
+    from dapt_merge.cli.console import console
+    from dapt_merge.methods.compiling import tell_of_compiling
+    from dapt_merge.methods.registry import get_method, method_names
+
+    names = {step.recipe.merge_method for step in chain}.intersection(method_names())
+    if any(get_method(name).kernel is not None for name in names):
+        sentence = "compiling the loops of this method for this machine; that happens once, and is kept"
+        tell_of_compiling(lambda: console.print(sentence, soft_wrap=True))
 
 
 def _read_ahead(arguments: list[str], base: str | None, dapt: list[str]) -> None:

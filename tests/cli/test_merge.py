@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dapt_merge.cli.merge import merge
+from dapt_merge.cli.merge import _speed, merge
 from dapt_merge.errors import InputError
+from dapt_merge.merging.report import MergeReport
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -207,3 +209,21 @@ def test_mergekit_can_be_the_engine_and_its_failures_are_told(models, tmp_path, 
 def test_an_engine_that_is_not_there_and_threads_for_mergekits_are_refused(models, tmp_path):
     assert "Did you mean 'mergekit'?" in refused(recipe_file(tmp_path), "--engine", "mergkit", "-o", "out").what
     assert "threads" in refused(recipe_file(tmp_path), "--engine", "mergekit", "--threads", "2", "-o", "out").what
+
+
+def test_the_speed_is_told_against_copying_and_not_where_a_run_was_resumed(models, tmp_path):
+    run(recipe_file(tmp_path), "-o", "out")
+    report = open_report(tmp_path / "out")
+    moved = report.bytes_read + report.bytes_written
+    assert _speed(replace(report, seconds=2.0, copy_seconds=1.0)).endswith(
+        "50% of the speed of copying the same bytes here)"
+    )
+    assert f"({moved / 2 / 1e6:.2f} MB/s)" in _speed(replace(report, seconds=2.0, copy_seconds=None))
+    assert _speed(replace(report, seconds=2.0, resumed_tensors=3)).endswith(
+        "3 tensors by an interrupted run, the rest in 2.0 s"
+    )
+
+
+def open_report(folder) -> MergeReport:
+    content = json.loads((folder / "merge_report.json").read_text())
+    return MergeReport(**content)
