@@ -164,7 +164,7 @@ def _write(
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "manifest.md").write_text(manifest_in_markdown(manifest), encoding="utf-8")
     for name in (REMOVED, CONTACTS):
-        if (documents.folder / name).is_file():
+        if name == REMOVED or (manifest["contamination"] and manifest["contamination"]["found"]):
             shutil.copyfile(documents.folder / name, folder / name)
 
 

@@ -107,14 +107,12 @@ class Treatment:
         near: how signatures are made, or None.
         repeated_lines: a file with the hashes of boilerplate lines (`.npy`), or None.
         item_runs: a file of `contamination.ItemRuns`, or None.
-        minimum_share: how much of an item a document must have to be told.
     """
 
     clean: Clean | None
     near: NearDuplicates | None
     repeated_lines: Path | None
     item_runs: Path | None
-    minimum_share: float = 0.0
 
 
 _treatment: Treatment
@@ -128,8 +126,7 @@ def prepare_process(treatment: Treatment) -> None:
     _treatment = treatment
     lines = treatment.repeated_lines
     _repeated = np.load(lines) if lines is not None else np.empty(0, dtype=np.uint64)
-    items = treatment.item_runs
-    _detector = Detector(items, treatment.minimum_share) if items is not None else None
+    _detector = Detector(treatment.item_runs) if treatment.item_runs is not None else None
 
 
 def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:

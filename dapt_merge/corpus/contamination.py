@@ -140,14 +140,12 @@ class Detector:
 
     Args:
         file: written by `ItemRuns.save`.
-        minimum_share: how much of an item a text must have.
     """
 
-    def __init__(self, file: Path, minimum_share: float = 0.0) -> None:
+    def __init__(self, file: Path) -> None:
         with np.load(file) as stored:
             self._hashes, self._owners, self._lengths = (stored[name] for name in ("hashes", "owners", "lengths"))
             self._sizes = stored["sizes"]
-        self._minimum_share = minimum_share
 
     def contact(self, words: str) -> Contact | None:
         """Return what a text, given as its `folded` words, shares with items, or None."""
@@ -166,5 +164,4 @@ class Detector:
             if len(hits) and not shared:
                 shared = " ".join(words.split(" ")[hits[0] : hits[0] + length])
         shares = {owner: count / int(self._sizes[owner]) for owner, count in sorted(found.items())}
-        shares = {owner: share for owner, share in shares.items() if share >= self._minimum_share}
         return Contact(shares, shared) if shares else None

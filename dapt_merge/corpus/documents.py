@@ -34,7 +34,7 @@ from dapt_merge.errors import InputError
 OnProgress = Callable[[str, int, int], None]
 REMOVED = "removed.jsonl"
 CONTACTS = "contamination.jsonl"
-_FORMAT = "2"
+_FORMAT = "3"
 _DOCUMENTS_AT_ONCE = 500
 _CHARACTERS_AT_ONCE = 2_000_000
 # Below this many documents starting processes costs more than it saves.
@@ -145,6 +145,7 @@ class _Making:
         self._processes, self._progress = processes, on_progress
         self._tallies = [_Tally() for _ in config.sources]
         self._contacts: dict[int, Contact] = {}
+        self._largest_shares: dict[str, float] = {}
         self._near = config.deduplicate.near if config.deduplicate is not None else None
 
     def make(self) -> None:
@@ -198,7 +199,6 @@ class _Making:
             self._near,
             self._scratch / "repeated.npy" if self._boilerplate is not None else None,
             self._scratch / "items.npz" if self._runs is not None else None,
-            self._config.decontaminate.minimum_share if self._config.decontaminate is not None else 0.0,
         )
         if self._runs is not None and treatment.item_runs is not None:
             self._runs.save(treatment.item_runs)
@@ -232,7 +232,16 @@ class _Making:
         tally = self._tallies[number]
         tally.counts.merge(batch.counts)
         tally.left.update(left.reason for left in batch.left)
-        self._contacts.update({first_row + place: contact for place, contact in batch.contacts.items()})
+        if self._config.decontaminate is None or self._runs is None:
+            return
+        least = self._config.decontaminate.minimum_share
+        for place, contact in batch.contacts.items():
+            for owner, share in contact.shares.items():
+                task = self._runs.items[owner].task
+                self._largest_shares[task] = max(self._largest_shares.get(task, 0.0), share)
+            enough = {owner: share for owner, share in contact.shares.items() if share >= least}
+            if enough:
+                self._contacts[first_row + place] = contact._replace(shares=enough)
 
     def _cleaned_batches(self, treatment: Treatment) -> Iterator[tuple[int, CleanBatch]]:
         numbers: list[int] = []
@@ -312,13 +321,10 @@ class _Making:
         total = Counter(item.task for item in self._runs.items)
         found: dict[str, set[int]] = {task: set() for task in total}
         documents: Counter[str] = Counter()
-        largest: dict[str, float] = {}
         for contact in self._contacts.values():
             documents.update({self._runs.items[owner].task for owner in contact.shares})
-            for owner, share in contact.shares.items():
-                task = self._runs.items[owner].task
-                found[task].add(owner)
-                largest[task] = max(largest.get(task, 0.0), share)
+            for owner in contact.shares:
+                found[self._runs.items[owner].task].add(owner)
         return [
             {
                 "task": task,
@@ -327,7 +333,7 @@ class _Making:
                 "items_too_short_to_look_for": self._runs.unchecked.get(task, 0),
                 "items_found": len(found[task]),
                 "documents": documents[task],
-                "largest_share_of_an_item": round(largest.get(task, 0.0), 4),
+                "largest_share_of_an_item": round(self._largest_shares.get(task, 0.0), 4),
             }
             for task, count in sorted(total.items())
         ]

@@ -294,6 +294,23 @@ def test_documents_with_items_of_the_suites_are_found_and_named(
     assert "notes.jsonl:7" in page
 
 
+@pytest.mark.parametrize(("minimum_share", "found"), [(0.0, 1), (0.3, 1), (0.5, 0)])
+def test_a_part_of_an_item_counts_from_the_share_asked_for(
+    tmp_path: Path, tokenizer: Any, minimum_share: float, found: int
+) -> None:
+    (item,) = texts(1, 20, words=52)
+    suite = suite_of(tmp_path, [item, *texts(8, 21, words=40)])
+    # 27 of 52 words hold 15 of 40 runs.
+    part = " ".join(item.split()[:27])
+    source = str(write_jsonl(tmp_path / "c.jsonl", [*texts(3, 1), part]))
+    against = {"suites": [str(suite)], "minimum_share": minimum_share}
+    corpus = build({"sources": [source], "decontaminate": against, "sequence_length": 32}, tokenizer)
+    contamination = corpus.manifest["contamination"]
+    assert contamination["found"] == corpus.manifest["sources"][0]["left_out"].get("contaminated", 0) == found
+    assert contamination["tasks"][0]["largest_share_of_an_item"] == 15 / 40
+    assert (corpus.folder / "contamination.jsonl").is_file() == bool(found)
+
+
 def test_a_configuration_is_read_beside_its_inputs_and_checked(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "notes.jsonl", ["x"])
     file = tmp_path / "corpus.yaml"

@@ -12,9 +12,9 @@ from dapt_merge.corpus.shingles import folded
 
 
 class Search:
-    def __init__(self, runs: ItemRuns, folder: Path, share: float = 0.0) -> None:
+    def __init__(self, runs: ItemRuns, folder: Path) -> None:
         runs.save(folder / "runs.npz")
-        self._detector = Detector(folder / "runs.npz", share)
+        self._detector = Detector(folder / "runs.npz")
 
     def contact(self, text: str) -> Contact | None:
         return self._detector.contact(folded(text))
@@ -38,7 +38,6 @@ def test_an_item_inside_a_document_is_found_with_its_share(tmp_path: Path) -> No
     half = Search(runs, tmp_path).contact(" ".join(words[:20]))
     assert half is not None
     assert list(half.shares.values()) == [pytest.approx(8 / 18)]
-    assert Search(runs, tmp_path, 0.5).contact(" ".join(words[:20])) is None
 
 
 def test_a_document_without_a_whole_run_is_clean(tmp_path: Path) -> None:
