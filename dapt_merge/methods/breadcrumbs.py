@@ -215,10 +215,10 @@ def breadcrumbs(
 ) -> Tensor:
     """Drop both tails, then task arithmetic: θ₀ + λΣwᵢ·(mᵢ∘δᵢ), mᵢ the band of each task vector.
 
-    Per tensor, the ⌊gamma·n⌋ largest magnitudes go; of the others the ⌊density·n⌋ largest stay (`band_counts`). Equal
-    magnitudes rank by index, the lower one higher. `normalize` divides by Σw. One task vector: its band, scaled; two or
-    n: the sum of theirs. In the paper's terms the lower share β is 1 − density − gamma. Where density + gamma is above
-    1, mergekit keeps the density and drops fewer outliers (none at density 1); here the outliers go.
+    Per tensor, the ⌊gamma·n⌋ largest magnitudes go; of the others the ⌊density·n⌋ largest stay. Equal magnitudes rank
+    by index, the lower one higher. `normalize` divides by Σw. One task vector: its band, scaled; two or n: the sum of
+    theirs. In the paper's terms the lower share β is 1 − density − gamma. Where density + gamma is above 1, mergekit
+    keeps the density and drops fewer outliers (none at density 1); here the outliers go.
     """
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)

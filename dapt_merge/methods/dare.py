@@ -217,7 +217,7 @@ def dare_ties(
     measured: tuple[float, ...],
     context: TensorContext,
 ) -> Tensor:
-    """Drop and rescale, then elect and merge as `ties` does (`ties.merge_elected`) instead of trimming by magnitude.
+    """Drop and rescale, then elect and merge as `ties` does instead of trimming by magnitude.
 
     One task vector: nothing to elect, so this is `dare_linear`; n: the (weighted) mean of the kept elements that agree.
     """

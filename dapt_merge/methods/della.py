@@ -245,9 +245,10 @@ def della_linear(
 ) -> Tensor:
     """Drop by rank and rescale, then task arithmetic: θ₀ + λΣwᵢ·(mᵢ∘δᵢ)/pᵢ, mᵢ a random mask of probabilities pᵢ.
 
-    The probabilities are those of `keep_probabilities`; density 1 drops nothing, whatever epsilon is. `normalize`
-    divides by Σw. In expectation over seeds (with `rescale: expectation`) the result is that of `task_arithmetic`, for
-    one, two or n task vectors. mergekit has `rescale: l1` (its `true`).
+    pᵢ falls linearly from density + epsilon for the largest magnitude of a row to density − epsilon for the smallest;
+    equal magnitudes rank by index, and an element alone in its row has the density. Density 1 drops nothing, whatever
+    epsilon is. `normalize` divides by Σw. In expectation over seeds (with `rescale: expectation`) the result is that of
+    `task_arithmetic`, for one, two or n task vectors. mergekit has `rescale: l1` (its `true`).
     """
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)

@@ -278,11 +278,13 @@ def ties(
     measured: tuple[_Trim, ...],
     context: TensorContext,
 ) -> Tensor:
-    """Trim, elect, merge: keep the ⌊density·n⌋ largest elements of each δᵢ, then `merge_elected`.
+    """Trim, elect, merge: θ₀ + λ times, in each element, the mean of those trimmed δᵢ that have the elected sign.
 
-    Equal magnitudes go to the lower index. A model of weight or density 0 has no vote. One task vector: the trimmed δ
-    times its weight; n: the (weighted) mean of those that agree. The paper: `elect: unweighted`, `trim_scope: model`,
-    equal weights, one density for all. `rescale: l1` is mergekit's: each trimmed δᵢ times Σ|δᵢ|/Σ|trimmed δᵢ|.
+    Trimming keeps the ⌊density·n⌋ largest elements of each δᵢ; equal magnitudes go to the lower index. `elect` says
+    whose sum gives the sign (0 counts as positive), and `normalize` whether the agreeing wᵢδᵢ are divided by their
+    weights. A model of weight or density 0 has no vote. One task vector: the trimmed δ times its weight. The paper:
+    `elect: unweighted`, `trim_scope: model`, equal weights, one density for all. `rescale: l1` is mergekit's: each
+    trimmed δᵢ times Σ|δᵢ|/Σ|trimmed δᵢ|.
     """
     voters = taking_part(weight, density)
     deltas = []
