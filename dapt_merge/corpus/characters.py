@@ -19,10 +19,12 @@ from typing import Any
 # Typesetting's ligatures are two letters drawn as one; œ and æ are letters of their own.
 _LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
 _LIGATURE = re.compile("[\ufb00-\ufb06]")
-# What ftfy could change has one of these: an entity, a control character, a surrogate, two neighbours beyond ASCII or
-# one of the three letters that it judges alone. Looking for them is twenty times faster than ftfy.
-_SUSPICIOUS = re.compile(
-    "[&\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffcÃÂ]|[^\x00-\x7f]{2}|[Œœ](?![A-Za-z])"
+# What ftfy could change has one of these: an entity, a control character, a surrogate or a letter that most mojibake
+# starts with; two neighbours beyond ASCII; an œ that ends a word. Looking for them takes a tenth of ftfy's time.
+_SUSPICIOUS = (
+    re.compile("[&\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u206a-\u206f\ud800-\udfff\ufeff\ufff9-\ufffcÃÂ]"),
+    re.compile("[\x80-\U0010ffff][\x80-\U0010ffff]"),
+    re.compile("[Œœ](?![A-Za-z])"),
 )
 _INVISIBLE = {0x00AD: None, 0xFEFF: None}
 _WIDE_SPACE = re.compile(r"(?<=\S) {2,}(?=\S)")
@@ -41,13 +43,18 @@ def repair_unicode(text: str) -> str:
         >>> repair_unicode("où, œdème, 500 µg, 0,5 ± 0,1 °C, ≥ 10³, l’été « x »")
         'où, œdème, 500 µg, 0,5 ± 0,1 °C, ≥ 10³, l’été « x »'
     """
-    if _SUSPICIOUS.search(text):
+    if is_suspicious(text):
         import ftfy
 
         text = ftfy.fix_text(text, _ftfy_settings())
     elif not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
     return text.translate(_LIGATURES) if _LIGATURE.search(text) else text
+
+
+def is_suspicious(text: str) -> bool:
+    """Say whether a text has anything that ftfy could repair."""
+    return any(pattern.search(text) for pattern in _SUSPICIOUS)
 
 
 @cache
@@ -69,12 +76,17 @@ def tidy_whitespace(text: str) -> str:
         >>> tidy_whitespace("500  mg \r\n\n\n\n  trai\u00adtement ")
         '500 mg\n\n  traitement'
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\u00ad" in text or "\ufeff" in text:
         text = text.translate(_INVISIBLE)
-    text = _WIDE_SPACE.sub(" ", text)
-    text = _LINE_END_SPACE.sub("", text)
-    return _BLANK_LINES.sub("\n\n", text).strip("\n").rstrip()
+    if "  " in text:
+        text = _WIDE_SPACE.sub(" ", text)
+    if " \n" in text or "\t\n" in text:
+        text = _LINE_END_SPACE.sub("", text)
+    if "\n\n\n" in text:
+        text = _BLANK_LINES.sub("\n\n", text)
+    return text.strip("\n").rstrip()
 
 
 def lone_surrogates_replaced(text: str) -> str:

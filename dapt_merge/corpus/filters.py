@@ -15,7 +15,7 @@ import numpy as np
 from dapt_merge.corpus.config import LanguageFilter, Quality
 from dapt_merge.corpus.shingles import runs_of
 
-_NO_SYMBOLS = re.compile(r"[^\W_]+|\s+")
+_SYMBOL = re.compile(r"[^\w\s]")
 _REPETITION_NGRAM = 3
 _REPETITION_FROM_WORDS = 50
 # Some lines from the start, the middle and the end tell a language; reading all of a book tells no more.
@@ -53,7 +53,7 @@ def symbol_share(text: str) -> float:
         0.2
     """
     visible = len("".join(text.split()))
-    return len(_NO_SYMBOLS.sub("", text)) / visible if visible else 0.0
+    return (len(_SYMBOL.findall(text)) + text.count("_")) / visible if visible else 0.0
 
 
 def repetition(words: str) -> float:

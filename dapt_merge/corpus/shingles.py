@@ -18,7 +18,7 @@ import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_NOT_WORD = re.compile(r"\W+")
+_WORD = re.compile(r"\w+")
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
@@ -53,7 +53,7 @@ def folded(text: str) -> str:
         >>> folded("L’ÉTÉ : 0,5 µg !")
         'l été 0 5 μg'
     """
-    return _NOT_WORD.sub(" ", text.casefold()).strip()
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def runs_of(words: str, ngram: int) -> np.ndarray:
