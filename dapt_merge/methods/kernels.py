@@ -822,7 +822,7 @@ def collect(
 
 @_compiled
 def index_of(
-    base_address: int, base_code: int, model_address: int, model_code: int, count: int, value: Any, tie: int
+    base_address: int, base_code: int, model_address: int, model_code: int, count: int, value: Any, tie: Any
 ) -> Any:
     """Return the index of the tie-th magnitude (from 1) that is exactly `value`, or −1; and the ties still to find."""
     size = min(RUN_ELEMENTS, count)
