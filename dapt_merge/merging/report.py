@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -175,13 +176,16 @@ def build_report(
 
 def versions(*more: str) -> dict[str, str]:
     """Return the versions of what computes and writes a merge, and of `more` packages."""
-    found = {"python": platform.python_version()}
-    for package in ("dapt-merge", "torch", "safetensors", "transformers", *more):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    packages = ("dapt-merge", "torch", "safetensors", "transformers", *more)
+    return {"python": platform.python_version()} | {package: _version_of(package) for package in packages}
+
+
+@cache  # a search writes hundreds of reports, and finding a version means reading files
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
