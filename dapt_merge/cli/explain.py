@@ -31,9 +31,12 @@ def explain(
         typer.Option(
             min=1e-9,
             help="GB read and written in a second, for the time.",
-            show_default="the last such merge's, or a short trial",
+            show_default="that of the last such merges, or of copying",
         ),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Merge made-up tensors for a second to tell the time by.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Tensors merged at once.", show_default="the CPUs there are")
     ] = None,
@@ -55,7 +58,7 @@ def explain(
     plans = plan_chain(chain)
     explained = [(step.name, plan, explain_plan(plan)) for step, plan in zip(chain, plans, strict=True)]
     given = None if throughput is None else throughput * 1e9
-    costs = [estimate_cost(plan, threads=threads, bytes_per_second=given) for plan in plans]
+    costs = [estimate_cost(plan, threads=threads, bytes_per_second=given, trial=measure) for plan in plans]
     if json:
         print_json(_as_json(explained, costs))
         return
@@ -187,10 +190,11 @@ def _cost_lines(cost: Cost) -> list[str]:
         f"memory: about {_bytes(cost.memory_bytes)} in {in_threads}, beside the page cache",
     ]
     if cost.bytes_per_second is None or cost.seconds is None:
-        return [*lines, "time: not known before such a merge has run here; give --throughput"]
+        return [*lines, "time: not known before such a merge has run here; --measure tries it, --throughput states it"]
     source = {
         "given": "as given",
-        "last merge": "as the last such merge here",
+        "last merge": "as the last such merges here",
+        "copying": f"by how fast bytes are copied here now, in {in_threads}; --measure tries the method itself",
         "trial": f"as a few made-up tensors took here, in {in_threads}",
     }[str(cost.source)]
     bound = "at least " if cost.grows and cost.source == "trial" else "about "

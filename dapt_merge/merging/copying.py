@@ -38,8 +38,17 @@ def copy_seconds(plan: MergePlan, folder: Path, threads: int) -> float | None:
     """
     if plan.nbytes < _WORTH_A_SAMPLE_BYTES or not all(c.files for c in plan.checkpoints.values()):
         return None
-    staging = Staging(threads)
     sample = min(max(plan.nbytes // _SHARE, _SMALLEST_SAMPLE_BYTES), _LARGEST_SAMPLE_BYTES)
+    found = copy_seconds_per_byte(plan, folder, threads, sample)
+    return None if found is None else found * plan.nbytes
+
+
+def copy_seconds_per_byte(plan: MergePlan, folder: Path, threads: int, sample: int) -> float | None:
+    """Return the seconds that each byte of the output takes to be copied, from a sample of so many bytes.
+
+    Arguments as for `copy_seconds`. None when no tensor is large enough to take a sample from.
+    """
+    staging = Staging(threads)
     pieces = list(_pieces(plan, staging.buffer_bytes, sample))
     if not pieces:
         return None
@@ -60,8 +69,7 @@ def copy_seconds(plan: MergePlan, folder: Path, threads: int) -> float | None:
         staging.close()
         file.close()
         path.unlink()
-    seconds = time.perf_counter() - started
-    return seconds * plan.nbytes / (len(pieces) * staging.buffer_bytes)
+    return (time.perf_counter() - started) / (len(pieces) * staging.buffer_bytes)
 
 
 def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[Tensor]]:

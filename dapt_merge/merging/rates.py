@@ -2,7 +2,8 @@
 
 The idea: the time of a merge is that of moving its bytes, at a rate that depends on the method, the dtypes, the threads
 and the machine, disk included. Every merge that is large enough to tell leaves its rate in a small file in the user's
-cache; nothing else is kept there. What this module does not know: what a rate is used for.
+cache; of a few, the median counts, since a machine may be busy. Nothing else is kept there. What this module does not
+know: what a rate is used for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dapt_merge.merging.plan import MergePlan
 # Below this a merge's time is that of opening and closing files.
 _TELLING_BYTES = 256 * 2**20
 _MOST_KEPT = 100
+_OF_EACH = 5
 
 
 def remember(plan: MergePlan, threads: int, moved_bytes: int, seconds: float) -> None:
@@ -29,17 +32,22 @@ def remember(plan: MergePlan, threads: int, moved_bytes: int, seconds: float) ->
         return
     kept = _read()
     key = _key(plan, threads)
-    kept.pop(key, None)
-    kept[key] = moved_bytes / seconds
+    kept[key] = [*_rates(kept.pop(key, None)), moved_bytes / seconds][-_OF_EACH:]
     newest = dict(list(kept.items())[-_MOST_KEPT:])
     with contextlib.suppress(OSError, InputError):
         write_text(_file(), json.dumps(newest, indent=1) + "\n")
 
 
 def recalled(plan: MergePlan, threads: int) -> float | None:
-    """Return the bytes a second that the last merge of this kind read and wrote on this machine; None without one."""
-    found = _read().get(_key(plan, threads))
-    return float(found) if isinstance(found, int | float) and found > 0 else None
+    """Return the bytes a second that the last merges of this kind read and wrote here; None without one."""
+    found = _rates(_read().get(_key(plan, threads)))
+    return statistics.median(found) if found else None
+
+
+def _rates(kept: object) -> list[float]:
+    return (
+        [float(rate) for rate in kept if isinstance(rate, int | float) and rate > 0] if isinstance(kept, list) else []
+    )
 
 
 def _key(plan: MergePlan, threads: int) -> str:

@@ -47,6 +47,7 @@ def write_headers(folder):
 def models(tmp_path, monkeypatch):
     """Two checkpoints of an 8B model, base and dapt, in the current folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no rates of earlier merges
     # The console of the commands may be older than this test, so its width is set on it.
     monkeypatch.setattr("dapt_merge.cli.console.output.width", 60)
     for name in ("base", "dapt"):
@@ -133,7 +134,8 @@ def test_json_on_stdout_is_one_object():
 
 
 def test_a_throughput_that_is_not_given_is_measured_and_said_to_be():
-    assert "as a few made-up tensors took here, in 1 thread" in run(recipe(), "--threads", "1").stdout
+    assert "by how fast bytes are copied here now, in 1 thread" in run(recipe(), "--threads", "1").stdout
+    assert "as a few made-up tensors took here, in 1 thread" in run(recipe(), "--threads", "1", "--measure").stdout
 
 
 @pytest.mark.parametrize(

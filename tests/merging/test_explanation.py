@@ -24,6 +24,11 @@ NAMES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_rates_of_earlier_merges(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def planned(models, method="task_arithmetic", dapt=("one",), **parameters):
     return plan_merge(make_recipe(str(models["base"]), [str(models[name]) for name in dapt], method, **parameters))
 
@@ -161,25 +166,42 @@ def test_a_threshold_over_the_whole_model_reads_the_inputs_more_often(models):
     assert often.bytes_read == 4 * once.bytes_read
 
 
-def test_memory_follows_the_tensors_in_flight_and_not_the_size_of_the_model():
-    def memory(layers, threads, **keys):
-        tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.empty(1 << 20).expand(64, -1) for n in range(layers)}
-        opened = {name: open_checkpoint(tensors) for name in ("base", "dapt")}
-        recipe = make_recipe("base", ["dapt"], "linear", weight=0.5, **keys)
-        return estimate_cost(plan_merge(recipe, opened), threads=threads, bytes_per_second=1e9).memory_bytes
-
-    assert memory(8, 2) == memory(80, 2)
-    assert memory(8, 2) == memory(8, 16), "at most twice the largest tensor is in flight"
-    assert memory(8, 1) < memory(8, 2)
-    assert memory(8, 2) < memory(8, 2, out_dtype="bfloat16")
+def memory(elements=1 << 20, layers=8, threads=2, **keys):
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.empty(elements).expand(64, -1) for n in range(layers)}
+    content = {"merge_method": "linear", "base_model": "base", "models": [{"model": "dapt"}]}
+    content |= {"parameters": {"weight": 0.5}} if "merge_method" not in keys else {}
+    plan = plan_merge(load_recipe(content | keys), {name: open_checkpoint(tensors) for name in ("base", "dapt")})
+    return estimate_cost(plan, threads=threads, bytes_per_second=1e9).memory_bytes
 
 
-def test_a_throughput_that_is_not_given_is_measured_with_the_methods_own_arithmetic(models):
+def test_what_goes_through_in_runs_takes_the_same_memory_whatever_its_size():
+    assert memory() == memory(elements=1 << 21) == memory(layers=80)
+    assert memory(threads=1) < memory(threads=2)
+
+
+@pytest.mark.parametrize("keys", [{"merge_method": "tsv"}, {"rounding": "stochastic", "out_dtype": "bfloat16"}])
+def test_what_is_held_whole_follows_the_tensors_in_flight_and_not_the_size_of_the_model(keys):
+    assert memory(layers=8, **keys) == memory(layers=80, **keys)
+    assert memory(threads=2, **keys) == memory(threads=16, **keys), "at most twice the largest tensor is in flight"
+    assert memory(elements=1 << 21, **keys) > 1.5 * memory(**keys) > 2 * memory()
+
+
+def test_a_throughput_that_is_not_given_is_told_by_copying_or_tried_with_the_methods_own_arithmetic(models):
     for method in ("slerp", "ties"):
-        cost = estimate_cost(planned(models, method, weight=0.3), threads=1)
-        assert cost.source == "trial"
-        assert cost.bytes_per_second > 0
-        assert cost.seconds > 0
+        plan = planned(models, method, weight=0.3)
+        for trial, source in ((False, "copying"), (True, "trial")):
+            cost = estimate_cost(plan, threads=1, trial=trial)
+            assert cost.source == source
+            assert cost.bytes_per_second > 0
+            assert cost.seconds > 0
+
+
+def test_the_time_of_a_method_that_grows_with_the_matrix_is_not_told_by_copying(models):
+    plan = planned(models, "tsv")
+    assert estimate_cost(plan, threads=1).seconds is None
+    tried = estimate_cost(plan, threads=1, trial=True)
+    assert tried.seconds > 0
+    assert tried.to_dict()["seconds_are_a_lower_bound"]
 
 
 def test_the_rate_of_the_last_such_merge_goes_before_a_trial(models, tmp_path, monkeypatch):
@@ -190,12 +212,16 @@ def test_the_rate_of_the_last_such_merge_goes_before_a_trial(models, tmp_path, m
     cost = estimate_cost(plan, threads=1)
     assert cost.source == "last merge"
     assert cost.seconds >= report.seconds
-    assert estimate_cost(plan, threads=2).source == "trial", "with other threads it may be another rate"
-    assert estimate_cost(planned(models, "linear", weight=0.3), threads=1).source == "trial"
+    assert estimate_cost(plan, threads=2).source == "copying", "with other threads it may be another rate"
+    assert estimate_cost(planned(models, "linear", weight=0.3), threads=1).source == "copying"
     assert estimate_cost(plan, threads=1, bytes_per_second=5).source == "given"
-    for content in ("", "[]", '{"a": 1', '{"a": "b"}'):
+    kept = json.loads((tmp_path / "dapt-merge" / "merge_rates.json").read_text())
+    (key,) = kept
+    (tmp_path / "dapt-merge" / "merge_rates.json").write_text(json.dumps({key: [1.0, 9.0, 2.0]}))
+    assert estimate_cost(plan, threads=1).bytes_per_second == 2.0, "the median, since a machine may be busy"
+    for content in ("", "[]", '{"a": 1', json.dumps({key: "b"}), json.dumps({key: [None, -1]})):
         (tmp_path / "dapt-merge" / "merge_rates.json").write_text(content)
-        assert estimate_cost(plan, threads=1).source == "trial"
+        assert estimate_cost(plan, threads=1).source == "copying"
 
 
 def test_small_merges_leave_no_rate(models, tmp_path, monkeypatch):
@@ -206,4 +232,4 @@ def test_small_merges_leave_no_rate(models, tmp_path, monkeypatch):
 
 def test_whole_model_trimming_can_be_tried_too(models):
     plan = planned(models, "ties", weight=0.3, density=0.5, trim_scope="model")
-    assert estimate_cost(plan, threads=1).bytes_per_second > 0
+    assert estimate_cost(plan, threads=1, trial=True).bytes_per_second > 0
