@@ -216,3 +216,50 @@ def test_a_tied_live_model_is_rewritten_once_and_stays_tied(models):
     report = ResidentMerger(model, checkpoints).apply(make_recipe("base", ["one"], "linear", weight=0.5))
     assert report.tensors == len(checkpoints["base"].tensors)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+# --- files that are laid out otherwise --------------------------------------------------------------------------------
+
+
+def sharded(folder, weights, shards):
+    """Save the weights in so many files, in an order that has nothing to do with the model's."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    names = sorted(weights, key=lambda name: name[::-1])
+    weight_map = {}
+    for number in range(shards):
+        file = f"part-{number}.safetensors"
+        part = {name: weights[name] for name in names[number::shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def test_checkpoints_cut_into_different_shards_merge_like_whole_ones(models, tmp_path):
+    base = sharded(tmp_path / "base", load_weights(models["base"]), 3)
+    dapt = sharded(tmp_path / "dapt", load_weights(models["one"]), 5)
+    expected = merge(models["base"], models["one"], "ties", weight=0.5, density=0.5)
+    for pair in ((base, dapt), (models["base"], dapt), (base, models["one"])):
+        lazy = merge(*pair, "ties", weight=0.5, density=0.5)
+        assert all(torch.equal(lazy[name], expected[name]) for name in expected)
+
+
+def test_mixed_dtypes_are_merged_in_float32_and_written_as_the_base_has_them(models, tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    weights = load_weights(models["base"])
+    mixed = {name: tensor.to(kinds[number % 3]) for number, (name, tensor) in enumerate(weights.items())}
+    one = load_weights(models["one"])
+    dapt = {name: one[name].to(kinds[number % 2]) for number, name in enumerate(one)}
+    folders = save_model(tmp_path / "base", mixed), save_model(tmp_path / "dapt", dapt)
+    lazy = merge(*folders, "linear", weight=0.5)
+    for name in weights:
+        assert lazy[name].dtype == mixed[name].dtype
+        exact = (mixed[name].double() + dapt[name].double()) / 2
+        # One rounding to the output's dtype: no more than half a step of it away, and a step of float32.
+        step = torch.finfo(mixed[name].dtype).eps
+        torch.testing.assert_close(lazy[name].double(), exact, rtol=step / 2 + 1e-6, atol=1e-7)
+    lazy.save(tmp_path / "out")
+    assert {n: t.dtype for n, t in load_weights(tmp_path / "out").items()} == {n: t.dtype for n, t in mixed.items()}
