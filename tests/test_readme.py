@@ -51,6 +51,24 @@ def test_the_merge_file_is_a_recipe():
     assert load_recipe(yaml_block("ties.yaml")).merge_method == "ties"
 
 
+def test_the_fisher_file_is_a_recipe():
+    from dapt_merge.recipe import load_recipe
+
+    assert load_recipe(yaml_block("fisher.yaml")).merge_method == "fisher"
+
+
+def test_the_options_that_it_shows_exist():
+    from typer.main import get_command
+
+    from dapt_merge import cli
+
+    commands = get_command(cli.build_app()).commands
+    for line in re.findall(r"^dapt-merge .+", README, flags=re.MULTILINE):
+        words = line.split("#")[0].split()
+        options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        assert options.issuperset(word for word in words[2:] if word.startswith("-")), line
+
+
 def test_the_study_file_is_a_study():
     from dapt_merge.study.config import StudyConfig
 
