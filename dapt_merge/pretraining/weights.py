@@ -50,6 +50,10 @@ def write_weights(
             whole.save_pretrained(folder, state_dict=state)
         else:
             whole.save_pretrained(folder)
+    # safetensors writes files that nobody but their owner can read.
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 @contextmanager

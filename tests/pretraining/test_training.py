@@ -42,6 +42,7 @@ def test_a_run_leaves_ordinary_checkpoints_and_a_log(settings: dict[str, Any]) -
     assert set(lines[0]) == figures | {"model_teraflops_per_second"}
     model = AutoModelForCausalLM.from_pretrained(folders[-1])
     assert model.config.use_cache
+    assert len({file.stat().st_mode for file in folders[-1].iterdir()}) == 1
     assert AutoTokenizer.from_pretrained(folders[-1]).eos_token_id == 0
 
 
