@@ -27,6 +27,7 @@ from dapt_merge.corpus.cleaning import CleanBatch, CleaningCounts, Treatment, cl
 from dapt_merge.corpus.config import Boilerplate, CorpusDocuments, CorpusSource
 from dapt_merge.corpus.contamination import Contact, ItemRuns, item_runs
 from dapt_merge.corpus.duplicates import Pair, exact_duplicates, near_duplicates
+from dapt_merge.corpus.filters import known_languages
 from dapt_merge.corpus.parallel import ordered_map, usable_cores
 from dapt_merge.corpus.reading import Document, content_fingerprint, read_source
 from dapt_merge.errors import InputError
@@ -106,6 +107,9 @@ def store_documents(
         InputError: an unusable source or suite; a source without any text; nothing is left after the filters.
     """
     runs = load_item_runs(config)
+    if config.clean is not None and config.clean.language is not None:
+        for source in config.sources:
+            _refuse_untellable_language(source)
     contents = [content_fingerprint(source) for source in config.sources]
     fingerprint = documents_fingerprint(config, runs, contents)
     # The report calls sources by their titles and places, which do not change the documents.
@@ -119,6 +123,15 @@ def store_documents(
         row["content"] = content
     kept = np.load(folder / "kept.npy", mmap_mode="r")
     return DocumentStore(folder, fingerprint, kept, np.load(folder / "sources.npy", mmap_mode="r"), report)
+
+
+def _refuse_untellable_language(source: CorpusSource) -> None:
+    if source.language is not None and source.language not in known_languages():
+        raise InputError(
+            f"the language filter cannot tell '{source.language}'",
+            where=source.place,
+            remedy=f"Give one of {', '.join(known_languages())}; or set clean.language to false.",
+        )
 
 
 @dataclass

@@ -114,7 +114,10 @@ def notes_on(manifest: Mapping[str, Any]) -> list[str]:
         f"{manifest['packing']['rows']:,} rows, {tokens['read']:,} tokens: {tokens['domain']:,} domain "
         f"({epochs['domain']:.2f} epochs), {tokens['replay']:,} replay ({epochs.get('replay', 0):.2f} epochs)"
     ]
+    clean = manifest["steps"]["clean"]
     for source in sources:
+        if clean and clean["language"] and source["language"] is None:
+            notes.append(f"no language is told for {source['name']}, so the language filter did not look at it")
         if source["tokens_never_read"]:
             notes.append(f"the budget leaves {source['tokens_never_read']:,} tokens of {source['name']} unread")
         if source["epochs"] > 4:

@@ -241,6 +241,17 @@ def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer:
         build({"sources": [source], "clean": True}, tokenizer)
 
 
+def test_a_language_that_cannot_be_told_is_refused_and_one_that_is_not_given_said(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    file = str(write_jsonl(tmp_path / "a.jsonl", long_texts(3, 1)))
+    with pytest.raises(InputError, match="cannot tell 'qq'"):
+        build({"sources": [{"path": file, "language": "qq"}], "clean": True}, tokenizer)
+    notes: list[str] = []
+    build({"sources": [file], "clean": True, "sequence_length": 32}, tokenizer, on_note=notes.append)
+    assert any("no language is told for a" in note for note in notes)
+
+
 def test_a_tokenizer_without_a_separator_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     import copy
 
