@@ -5,12 +5,14 @@ overlap interfere, and few strong ones drown the many weak ones; so the directio
 strengths made equal (Iso). What is not a matrix has no singular vectors: it gets the plain mean of its δᵢ, times λ, as
 in the papers' code, and its notes say so. Only two-dimensional tensors are matrices here.
 
-Singular value decompositions are float32. A direction that the task vectors hardly use is determined by rounding alone,
-whichever library decomposes; where such directions enter a result, its notes give their number.
+Singular value decompositions are float32. A direction that the task vectors do not use (those of a low-rank adapter use
+few) has a singular value of rounding size, and which direction it is, rounding decides too. Such directions are left
+out, so that no noise enters a result at full strength, and its notes give their number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,18 +47,28 @@ def decomposed(matrix: Tensor, context: TensorContext) -> tuple[Tensor, Tensor, 
     return left, values, right
 
 
+def determined(values: Tensor, shape: torch.Size, context: TensorContext, size: float = 0.0) -> int:
+    """Return how many singular values, largest first, are above what float32 leaves of a 0; the notes count the others.
+
+    That is some roundings of the largest, or of `size`, the length of what the matrix was left over from. Their number
+    grows like the square root of the matrix's longer side.
+    """
+    largest = max([size, *values[:1].tolist()])
+    count = int((values > 4 * math.sqrt(max(shape)) * torch.finfo(values.dtype).eps * largest).sum())
+    if count < len(values):
+        before = context.notes.get("undetermined_directions", 0)
+        context.notes["undetermined_directions"] = int(before) + len(values) - count
+    return count
+
+
 def nearest_orthogonal(vectors: Tensor, context: TensorContext) -> Tensor:
-    """Return the matrix of orthonormal columns (or rows, of a wide one) that is nearest: ABᵀ from the SVD AΣBᵀ."""
+    """Return the matrix of orthonormal columns (or rows, of a wide one) that is nearest: ABᵀ from the SVD AΣBᵀ.
+
+    Where several of the vectors are one and the same, they share its length instead.
+    """
     left, values, right = decomposed(vectors, context)
-    _note_undetermined(values, vectors, context)
-    return left @ right
-
-
-def _note_undetermined(values: Tensor, matrix: Tensor, context: TensorContext) -> None:
-    threshold = values[0] * max(matrix.shape) * torch.finfo(values.dtype).eps
-    undetermined = int((values <= threshold).sum())
-    if undetermined:
-        context.notes["undetermined_directions"] = undetermined
+    count = determined(values, vectors.shape, context)
+    return left[:, :count] @ right[:count]
 
 
 def _plain_mean(base: Tensor, models: Sequence[Tensor], lambda_: float) -> Tensor:
@@ -91,10 +103,12 @@ def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: Tens
         context.notes["fallback"] = "average: not a matrix with a direction for each task vector"
         return _plain_mean(base, models, lambda_)
     each = min(base.shape) // len(models)
-    parts = [decomposed(torch.sub(model, base), context) for model in models]
-    left = torch.cat([part[0][:, :each] for part in parts], dim=1)
-    values = torch.cat([part[1][:each] for part in parts])
-    right = torch.cat([part[2][:each] for part in parts])
+    parts = [_strongest(torch.sub(model, base), each, context) for model in models]
+    left = torch.cat([part[0] for part in parts], dim=1)
+    values = torch.cat([part[1] for part in parts])
+    right = torch.cat([part[2] for part in parts])
+    if not len(values):
+        return base.clone()
     update = (nearest_orthogonal(left, context) * values) @ nearest_orthogonal(right, context)
     return update.mul_(lambda_).add_(base)
 
@@ -112,9 +126,9 @@ def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: Te
         return _plain_mean(base, models, lambda_)
     summed = _summed_delta(base, models)
     left, values, right = decomposed(summed, context)
-    if float(values[0]) > 0:
-        _note_undetermined(values, summed, context)
-    return (left @ right).mul_(lambda_ * float(values.double().mean())).add_(base)
+    count = determined(values, summed.shape, context)
+    strength = lambda_ * float(values.double().mean())
+    return (left[:, :count] @ right[:count]).mul_(strength).add_(base)
 
 
 def _dead_common_fraction(values: Values, count: int) -> list[str]:
@@ -149,19 +163,25 @@ def iso_cts(
     if each == 0 or len(models) == 1:
         return iso_c(base, models, lambda_=lambda_, context=context)
     common = min(base.shape) - each * len(models)
-    left, values, right = (part for part in decomposed(_summed_delta(base, models), context))
-    if float(values[0]) == 0 and all(torch.equal(model, base) for model in models):
-        return base.clone()
-    lefts, strengths, rights = [left[:, :common]], [values[:common]], [right[:common]]
+    parts = [_strongest(_summed_delta(base, models), common, context)]
+    shared = parts[0][0]
     for model in models:
         delta = torch.sub(model, base)
-        own = decomposed(delta.sub_(lefts[0] @ (lefts[0].t() @ delta)), context)
-        lefts.append(own[0][:, :each])
-        strengths.append(own[1][:each])
-        rights.append(own[2][:each])
-    strength = float(torch.cat(strengths).double().mean())
-    update = nearest_orthogonal(torch.cat(lefts, dim=1), context) @ nearest_orthogonal(torch.cat(rights), context)
+        size = float(torch.linalg.matrix_norm(delta))
+        parts.append(_strongest(delta.sub_(shared @ (shared.t() @ delta)), each, context, size))
+    lefts, rights = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[2] for part in parts])
+    if not lefts.shape[1]:
+        return base.clone()
+    strength = float(torch.cat([part[1] for part in parts]).double().sum()) / min(base.shape)
+    update = nearest_orthogonal(lefts, context) @ nearest_orthogonal(rights, context)
     return update.mul_(lambda_ * strength).add_(base)
+
+
+def _strongest(matrix: Tensor, most: int, context: TensorContext, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, Σ and Vᵀ of a matrix's strongest directions, of those that are determined (see there for `size`)."""
+    left, values, right = decomposed(matrix, context)
+    count = determined(values[:most], matrix.shape, context, size)
+    return left[:, :count], values[:count], right[:count]
 
 
 def _directions_of_a_task(rank: int, tasks: int, common_fraction: float) -> int:

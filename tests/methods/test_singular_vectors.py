@@ -208,3 +208,40 @@ def test_the_number_of_threads_changes_no_bit(name):
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(result, results[0]) for result in results)
+
+
+def low_rank(*directions):
+    """Task vectors of rank one in a matrix of 6 by 5, whose other directions nobody uses."""
+    deltas = []
+    for strength, left, right in directions:
+        delta = torch.zeros(6, 5)
+        delta[: len(left), : len(right)] = strength * torch.outer(torch.tensor(left), torch.tensor(right))
+        deltas.append(delta)
+    return deltas
+
+
+def test_directions_that_no_task_uses_do_not_enter_tsv():
+    """The worked example of two by two, in a larger matrix: what the null spaces happen to be must not matter."""
+    models = low_rank((3.0, [1.0, 0.0], [1.0, 0.0]), (3.0, [0.6, 0.8], [0.0, 1.0]))
+    expected = torch.zeros(6, 5)
+    expected[:2, :2] = 3 * torch.tensor([[0.94868, 0.31623], [-0.31623, 0.94868]])
+    context = TensorContext("w")
+    merged = combine(get_method("tsv"), torch.zeros(6, 5), models, {}, context)
+    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=0)
+    assert context.notes["undetermined_directions"] == 2  # of the two of each task, one
+
+
+def test_equal_tasks_share_their_directions():
+    """One task vector given twice: each direction once, not doubled and not with noise beside it."""
+    (delta,) = low_rank((3.0, [0.6, 0.8], [0.0, 1.0]))
+    base = torch.zeros(6, 5)
+    torch.testing.assert_close(merge("tsv", base, [delta, delta]), delta, atol=1e-5, rtol=0)
+
+
+def test_isotropic_merging_strengthens_no_direction_that_no_task_uses():
+    """Singular values 3 and 1 of five: mean strength 4/5 in those two directions, nothing elsewhere."""
+    models = low_rank((3.0, [1.0, 0.0], [1.0, 0.0]), (1.0, [0.0, 1.0], [0.0, 1.0]))
+    expected = torch.zeros(6, 5)
+    expected[0, 0] = expected[1, 1] = 0.8
+    for name in ("iso_c", "iso_cts"):
+        torch.testing.assert_close(merge(name, torch.zeros(6, 5), models), expected, atol=1e-5, rtol=0)
