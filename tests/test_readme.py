@@ -65,7 +65,9 @@ def test_the_options_that_it_shows_exist():
     commands = get_command(cli.build_app()).commands
     for line in re.findall(r"^dapt-merge .+", README, flags=re.MULTILINE):
         words = line.split("#")[0].split()
-        options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        command = commands[words[1]]
+        command = command.commands[words[2]] if hasattr(command, "commands") else command
+        options = {option for parameter in command.params for option in parameter.opts}
         assert options.issuperset(word for word in words[2:] if word.startswith("-")), line
 
 
