@@ -71,6 +71,13 @@ def test_the_options_that_it_shows_exist():
         assert options.issuperset(word for word in words[2:] if word.startswith("-")), line
 
 
+def test_the_vocabulary_file_is_a_recipe():
+    from dapt_merge.recipe import load_recipe
+
+    settings = load_recipe(yaml_block("vocabulary.yaml")).vocabulary
+    assert (settings.source, list(settings.tokens), settings.pad_to_multiple_of) == ("union", ["<|pad|>"], 64)
+
+
 def test_the_study_file_is_a_study():
     from dapt_merge.study.config import StudyConfig
 
