@@ -800,7 +800,7 @@ def collect(
     least: Any,
     most: Any,
     found: Any,
-    filled: int,
+    filled: Any,
 ) -> Any:
     """Write the magnitudes of a task vector in [least, most] into `found` from `filled` on, and return where they end.
 
