@@ -25,6 +25,7 @@ from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.task_arithmetic import LAMBDA
 
+_EPS = torch.finfo(torch.float32).eps
 COMMON_FRACTION = Parameter(
     "common_fraction", 0.8, "share of the directions taken from the sum of all δ", low=0, high=1
 )
@@ -47,18 +48,28 @@ def decomposed(matrix: Tensor, context: TensorContext) -> tuple[Tensor, Tensor, 
     return left, values, right
 
 
-def determined(values: Tensor, shape: torch.Size, context: TensorContext, size: float = 0.0) -> int:
+def determined(values: Tensor, shape: torch.Size, context: TensorContext, noise: float = 0.0) -> int:
     """Return how many singular values, largest first, are above what float32 leaves of a 0; the notes count the others.
 
-    That is some roundings of the largest, or of `size`, the length of what the matrix was left over from. Their number
-    grows like the square root of the matrix's longer side.
+    That is `noise`, what the matrix's own elements were rounded by, or some roundings of the largest value, whose
+    number grows like the square root of the longer side.
     """
-    largest = max([size, *values[:1].tolist()])
-    count = int((values > 4 * math.sqrt(max(shape)) * torch.finfo(values.dtype).eps * largest).sum())
+    threshold = max([noise, *(4 * math.sqrt(max(shape)) * _EPS * values[:1]).tolist()])
+    count = int((values > threshold).sum())
     if count < len(values):
         before = context.notes.get("undetermined_directions", 0)
         context.notes["undetermined_directions"] = int(before) + len(values) - count
     return count
+
+
+def rounding_noise(base: Tensor) -> float:
+    """Return the largest singular value that rounding the elements of a model leaves in its task vector.
+
+    Rounding errors are a random matrix of rms at most ½·eps·rms(θ), whose largest singular value is that times √m + √n.
+    """
+    rows, columns = base.shape
+    size = float(torch.linalg.vector_norm(base)) / math.sqrt(max(1, base.numel()))
+    return _EPS * size * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def nearest_orthogonal(vectors: Tensor, context: TensorContext) -> Tensor:
@@ -103,7 +114,8 @@ def tsv(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: Tens
         context.notes["fallback"] = "average: not a matrix with a direction for each task vector"
         return _plain_mean(base, models, lambda_)
     each = min(base.shape) // len(models)
-    parts = [_strongest(torch.sub(model, base), each, context) for model in models]
+    noise = rounding_noise(base)
+    parts = [_strongest(torch.sub(model, base), each, context, noise) for model in models]
     left = torch.cat([part[0] for part in parts], dim=1)
     values = torch.cat([part[1] for part in parts])
     right = torch.cat([part[2] for part in parts])
@@ -126,7 +138,7 @@ def iso_c(base: Tensor, models: Sequence[Tensor], *, lambda_: float, context: Te
         return _plain_mean(base, models, lambda_)
     summed = _summed_delta(base, models)
     left, values, right = decomposed(summed, context)
-    count = determined(values, summed.shape, context)
+    count = determined(values, summed.shape, context, len(models) * rounding_noise(base))
     strength = lambda_ * float(values.double().mean())
     return (left[:, :count] @ right[:count]).mul_(strength).add_(base)
 
@@ -163,12 +175,14 @@ def iso_cts(
     if each == 0 or len(models) == 1:
         return iso_c(base, models, lambda_=lambda_, context=context)
     common = min(base.shape) - each * len(models)
-    parts = [_strongest(_summed_delta(base, models), common, context)]
+    noise = rounding_noise(base)
+    parts = [_strongest(_summed_delta(base, models), common, context, len(models) * noise)]
     shared = parts[0][0]
     for model in models:
         delta = torch.sub(model, base)
-        size = float(torch.linalg.matrix_norm(delta))
-        parts.append(_strongest(delta.sub_(shared @ (shared.t() @ delta)), each, context, size))
+        size = float(torch.linalg.vector_norm(delta))  # what is left over has its rounding errors
+        apart = delta.sub_(shared @ (shared.t() @ delta))
+        parts.append(_strongest(apart, each, context, max(noise, 4 * math.sqrt(max(base.shape)) * _EPS * size)))
     lefts, rights = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[2] for part in parts])
     if not lefts.shape[1]:
         return base.clone()
@@ -177,10 +191,10 @@ def iso_cts(
     return update.mul_(lambda_ * strength).add_(base)
 
 
-def _strongest(matrix: Tensor, most: int, context: TensorContext, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, Σ and Vᵀ of a matrix's strongest directions, of those that are determined (see there for `size`)."""
+def _strongest(matrix: Tensor, most: int, context: TensorContext, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, Σ and Vᵀ of a matrix's strongest directions, of those that are determined (see there for `noise`)."""
     left, values, right = decomposed(matrix, context)
-    count = determined(values[:most], matrix.shape, context, size)
+    count = determined(values[:most], matrix.shape, context, noise)
     return left[:, :count], values[:count], right[:count]
 
 

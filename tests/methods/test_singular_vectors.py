@@ -245,3 +245,14 @@ def test_isotropic_merging_strengthens_no_direction_that_no_task_uses():
     expected[0, 0] = expected[1, 1] = 0.8
     for name in ("iso_c", "iso_cts"):
         torch.testing.assert_close(merge(name, torch.zeros(6, 5), models), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_merged_into_float32_weights_is_still_of_low_rank(name):
+    """Rounding the sum of weights and adapter leaves noise of full rank, which must not be taken for directions."""
+    generator = torch.Generator().manual_seed(0)
+    base = 0.05 * torch.randn(64, 48, generator=generator)
+    adapters = [1e-3 * torch.randn(64, 3, generator=generator) @ torch.randn(3, 48, generator=generator) for _ in "ab"]
+    merged = merge(name, base, [base + adapter for adapter in adapters])
+    values = torch.linalg.svdvals(merged.double() - base.double())
+    assert int((values > 1e-3 * values[0]).sum()) == 6
