@@ -229,3 +229,15 @@ def test_tensors_that_the_loops_cannot_read_where_they_lie_are_merged_all_the_sa
     assert torch.equal(transposed, expected.T)
     assert torch.equal(wide, expected)
     assert torch.equal(unaligned, expected)
+
+
+def test_where_no_folder_can_be_written_to_the_loops_are_compiled_for_this_process(monkeypatch):
+    compile_in_memory = kernels.numba.njit
+
+    def refuse_to_keep(function, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_in_memory(function, **options)
+
+    monkeypatch.setattr(kernels.numba, "njit", refuse_to_keep)
+    assert kernels._compiled(lambda value: value + 1)(2) == 3
