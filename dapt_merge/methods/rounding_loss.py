@@ -39,6 +39,7 @@ def rounded_and_counted(values: Tensor, start: Tensor, out: Tensor) -> RoundingL
         out: 1-d, as long; gets the rounded values.
 
     Example:
+        >>> import torch
         >>> near, far = torch.tensor([1.001, 2.0]), torch.empty(2, dtype=torch.bfloat16)
         >>> rounded_and_counted(near, torch.ones(2), far)
         RoundingLoss(updated=2, lost=1)
