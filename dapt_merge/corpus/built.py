@@ -8,6 +8,7 @@ targets and positions are made from these when a row is read. How rows come abou
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dapt_merge.atomic import atomic_folder
 from dapt_merge.errors import InputError
 
 IGNORED = -100
@@ -63,6 +65,13 @@ class BuiltCorpus:
         """Return how many tokens of the first `rows` rows are domain and how many are replay."""
         replay = int(self._replay_until[rows])
         return {"domain": rows * self.sequence_length - replay, "replay": replay}
+
+    def copy_account(self, folder: Path) -> None:
+        """Write the manifest and the lists of documents, without the rows, to a folder; what is there goes."""
+        with atomic_folder(folder, overwrite=True) as temporary:
+            for file in self.folder.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, temporary / file.name)
 
     @cached_property
     def _replay_until(self) -> np.ndarray:

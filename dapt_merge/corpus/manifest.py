@@ -125,7 +125,7 @@ def notes_on(manifest: Mapping[str, Any]) -> list[str]:
         left = {reason: count for reason, count in source["left_out"].items() if count}
         if left:
             listed = ", ".join(f"{count:,} {reason}" for reason, count in left.items())
-            notes.append(f"{source['name']}: {sum(left.values()):,} documents left out ({listed})")
+            notes.append(f"{source['name']}: {_documents(sum(left.values()))} left out ({listed})")
     return notes
 
 

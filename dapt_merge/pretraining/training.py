@@ -177,6 +177,7 @@ def _train(config: PretrainConfig, run: RunFolder, inputs: _Inputs, hooks: _Hook
     if is_main():
         run.go_back_to(resume or 0)
         run.write_record(**content, complete=False)
+        corpus.copy_account(run.path / "corpus")
     if resume:
         hooks.note(f"going on from step {resume} of {steps}")
     stopped = agreed(_stopped_at(config, run, timetable, resume) if is_main() else None)

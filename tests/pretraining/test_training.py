@@ -32,10 +32,12 @@ def test_a_run_leaves_ordinary_checkpoints_and_a_log(settings: dict[str, Any]) -
         ".lock",
         "checkpoint-3",
         "checkpoint-6",
+        "corpus",
         "log.jsonl",
         "run.json",
         "tensorboard",
     ]
+    assert {entry.name for entry in (run / "corpus").iterdir()} == {"manifest.json", "manifest.md", "removed.jsonl"}
     assert seen == [(64 * step, 384) for step in range(7)]
     assert log_of(run) == lines
     figures = {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
@@ -59,7 +61,7 @@ def test_a_checkpoint_tells_how_far_it_went(settings: dict[str, Any], base: Path
     assert details["config"]["learning_rate"] == 1e-3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-master", "bf16-autocast"])
+@pytest.mark.parametrize("precision", ["bf16-master", pytest.param("fp32", marks=pytest.mark.slow), "bf16-autocast"])
 def test_every_precision_learns_and_saves_float32(settings: dict[str, Any], precision: str) -> None:
     overrides = [f"precision={precision}", "tokens=1280", "learning_rate=1e-2", "micro_batch_tokens=32"]
     folders = train(settings, *overrides)
@@ -187,7 +189,14 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    ("variant", "step"), [("fp32", 1), ("bf16-master", 4), ("wsd", 5), ("adafactor", 3), ("towards-base", 3)]
+    ("variant", "step"),
+    [
+        ("bf16-master", 3),
+        pytest.param("fp32", 1, marks=pytest.mark.slow),
+        pytest.param("wsd", 5, marks=pytest.mark.slow),
+        pytest.param("adafactor", 3, marks=pytest.mark.slow),
+        pytest.param("towards-base", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(
     settings: dict[str, Any], tmp_path: Path, variant: str, step: int
@@ -204,7 +213,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert [line["step"] for line in log_of(Path(settings["output"]))] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("why", ["time", "termination", "minutes"])
+@pytest.mark.parametrize(
+    "why",
+    ["time", pytest.param("termination", marks=pytest.mark.slow), pytest.param("minutes", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_from_between_its_checkpoints(settings: dict[str, Any], tmp_path: Path, why: str) -> None:
     """The time limit and SIGTERM save and stop; every so many minutes the state is saved without stopping."""
     overrides = ["checkpoints=1", "precision=bf16-master"]
@@ -243,6 +255,7 @@ def test_a_checkpoint_past_the_end_is_refused(settings: dict[str, Any]) -> None:
         train(settings, "checkpoints={at_tokens: [5000]}")
 
 
+@pytest.mark.slow
 def test_checkpointed_gradients_are_the_same_gradients(settings: dict[str, Any], tmp_path: Path) -> None:
     whole = train(settings)
     assert_same_weights(
@@ -256,7 +269,7 @@ def test_the_memory_light_optimizer_learns_and_keeps_no_square_for_each_weight(s
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16-master"])
+@pytest.mark.parametrize("precision", ["bf16-master", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_weight_decay_towards_the_base_keeps_the_model_near_it(
     settings: dict[str, Any], tmp_path: Path, precision: str
 ) -> None:
@@ -276,6 +289,7 @@ def test_weight_decay_towards_the_base_keeps_the_model_near_it(
     assert moved[0] > 2 * moved[2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_state_was_lost_is_made_again(settings: dict[str, Any], tmp_path: Path) -> None:
     """A kill between the checkpoint and its state leaves the newest checkpoint one ahead of the state."""
     whole = train({**settings, "output": str(tmp_path / "whole")}, "checkpoints=3")
