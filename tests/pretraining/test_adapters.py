@@ -17,7 +17,7 @@ from dapt_merge.errors import InputError
 ADAPTER = ("adapter.rank=4", "learning_rate=1e-2")
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_an_adapter_alone_and_beside_its_base_is_the_model_that_peft_merges(
     settings: dict[str, Any], base: Path, kind: str
 ) -> None:
@@ -56,6 +56,7 @@ def test_only_the_adapter_is_trained_in_float32_masters(settings: dict[str, Any]
     assert bool(((bits & 0xFFFF) != 0).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", ["adapter", "merged"])
 def test_an_interrupted_adapter_run_ends_with_the_same_weights(
     settings: dict[str, Any], tmp_path: Path, save: str
@@ -68,6 +69,7 @@ def test_an_interrupted_adapter_run_ends_with_the_same_weights(
         assert_same_weights(one, other)
 
 
+@pytest.mark.slow
 def test_a_merge_takes_an_adapter_checkpoint_as_it_stands(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
     import dapt_merge as dm
 

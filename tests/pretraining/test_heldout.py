@@ -58,6 +58,7 @@ def test_bits_per_byte_are_logged_by_axis_and_language_at_the_checkpoints(watche
     assert details_of(folders[-1])["heldout"] == measured[6]
 
 
+@pytest.mark.slow
 def test_the_cadence_in_tokens_is_kept_and_measuring_changes_no_weight(watched: dict[str, Any], tmp_path: Path) -> None:
     plain = {key: value for key, value in watched.items() if key != "heldout"}
     unwatched = train({**plain, "output": str(tmp_path / "plain")}, "adapter.rank=2", "adapter.dropout=0.1")
@@ -67,6 +68,7 @@ def test_the_cadence_in_tokens_is_kept_and_measuring_changes_no_weight(watched: 
     assert_same_weights(unwatched[-1], folders[-1])
 
 
+@pytest.mark.slow
 def test_figures_reach_tensorboard(watched: dict[str, Any]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

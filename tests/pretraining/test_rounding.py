@@ -66,6 +66,7 @@ def test_a_large_update_is_not_lost() -> None:
     assert optimizer.updates_lost == 0.0
 
 
+@pytest.mark.slow
 def test_a_bf16_run_saves_bfloat16_and_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
     overrides = ("precision=bf16", "checkpoints=3")
     whole = train({**settings, "output": str(tmp_path / "whole")}, *overrides)
