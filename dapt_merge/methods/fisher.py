@@ -78,9 +78,18 @@ def fisher(
         shares = [
             torch.where(unknown, share, part / total).float() for part, share in zip(information, plain, strict=True)
         ]
-    merged = models[0].clone()
+    return _averaged(models, shares)
+
+
+def _averaged(models: Sequence[Tensor], shares: Sequence[Tensor | float]) -> Tensor:
+    """Return Σsᵢθᵢ as steps from the θᵢ of largest share, element by element: one of share 1 is given back exactly."""
+    anchor, largest = models[0], torch.zeros_like(models[0]).add_(shares[0])
     for model, share in zip(models[1:], shares[1:], strict=True):
-        merged.add_(torch.sub(model, models[0]).mul_(share))
+        nearer = largest < share
+        anchor, largest = torch.where(nearer, model, anchor), torch.where(nearer, share, largest)
+    merged = anchor.clone()
+    for model, share in zip(models, shares, strict=True):
+        merged.add_(torch.sub(model, anchor).mul_(share))
     return merged
 
 

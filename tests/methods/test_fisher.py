@@ -47,6 +47,13 @@ def test_a_worked_example():
     assert context.notes == {"averaged_elements": 1}
 
 
+@given(SEEDS, st.integers(0, 2))
+def test_what_one_model_alone_knows_about_is_that_models_bit_for_bit(seed, knowing):
+    models = draw_tensors(seed, (50,), 3)
+    information = [torch.full((50,), float(place == knowing)) for place in range(3)]
+    assert same_bits(merge_with(models, information), models[knowing])
+
+
 @given(SEEDS, st.permutations([0, 1, 2]))
 def test_the_order_of_the_models_does_not_matter(seed, order):
     models, information = draw_tensors(seed, (4, 6), 3), draw_information(seed, (4, 6), 3)
