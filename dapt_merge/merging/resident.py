@@ -165,17 +165,17 @@ class _Held:
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, str, torch.device], tuple[Hashable, Tensor]] = {}
-        self._memories: dict[Hashable, dict[Hashable, Any]] = {}
+        self._memories: dict[Hashable, tuple[Hashable, dict[Hashable, Any]]] = {}
 
     def read(self, plan: MergePlan, label: str, name: str, device: torch.device) -> Tensor:
-        """Return an input on the device: held there, where it has room and does not change."""
+        """Return an input on the device; it is held there as long as there is room and it does not change."""
         held = self._tensors.get((label, name, device))
         if held is not None and held[0] == _state(plan, label, name):
             return held[1]
         stored = plan.read(label, name)
-        tensor = stored.to(device) if device.type == "cpu" or _has_room(device, stored.nbytes) else stored
+        tensor = stored.to(device)
         # What is computed when it is read is kept by its checkpoint, as far as there is room (`keeping`).
-        if tensor.device == device and (tensor is not stored or not _is_computed(plan, label, name)):
+        if _has_room(device) and (tensor is not stored or not _is_computed(plan, label, name)):
             self._tensors[label, name, device] = _state(plan, label, name), tensor
         return tensor
 
@@ -183,8 +183,17 @@ class _Held:
         """Return the memories of a job: one for each model, shared by all merges of that model and base."""
         if job.base is None:
             return ()
-        base, *models = ((label, name, _state(plan, label, name)) for label, name in job.reads)
-        return tuple(self._memories.setdefault((base, model, job.in_dtype), {}) for model in models)
+        base, *models = job.reads
+        return tuple(self._memory(plan, base, model, job.in_dtype) for model in models)
+
+    def _memory(
+        self, plan: MergePlan, base: tuple[str, str], model: tuple[str, str], dtype: torch.dtype | None
+    ) -> dict[Hashable, Any]:
+        states = _state(plan, *base), _state(plan, *model)
+        known = self._memories.get((base, model, dtype))
+        if known is None or known[0] != states:
+            known = self._memories[base, model, dtype] = states, {}
+        return known[1]
 
 
 def _state(plan: MergePlan, label: str, name: str) -> Hashable:
@@ -205,12 +214,12 @@ def _is_computed(plan: MergePlan, label: str, name: str) -> bool:
     return label in plan.checkpoints and name in plan.checkpoints[label].computed
 
 
-def _has_room(device: torch.device, nbytes: int) -> bool:
-    """Say whether an accelerator can hold so much more, and still has room to compute in."""
+def _has_room(device: torch.device) -> bool:
+    """Say whether a device can hold what was just put on it, and still has room to compute in."""
     if device.type != "cuda":
         return True
     free_bytes, all_bytes = torch.cuda.mem_get_info(device)
-    return free_bytes - nbytes > all_bytes // 8
+    return free_bytes > all_bytes // 8
 
 
 def _write(

@@ -118,7 +118,11 @@ def test_what_is_kept_of_a_tensor_is_bounded(states):
     merger = ResidentMerger(model, opened(states))
     for number in range(150):
         merged(merger, model, "ties", ["one"], weight=0.5, density=0.1 + 0.005 * number)
-    assert max(len(memory) for memory in merger._held._memories.values()) <= 64
+    assert max(len(memory) for _, memory in merger._held._memories.values()) <= 64
+    for _ in range(5):
+        states["one"]["first"].mul_(1.5)
+        merged(merger, model, "ties", ["one"], weight=0.5, density=0.5)
+    assert len(merger._held._memories) == 2  # one for each tensor
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -147,11 +151,17 @@ def test_parameters_that_do_not_lie_in_one_piece_are_filled_all_the_same(states)
     assert same(model.values(), plain.values())
 
 
-def test_inputs_that_an_accelerator_has_no_room_for_stay_where_they_are(states, monkeypatch):
-    monkeypatch.setattr(resident, "_has_room", lambda device, nbytes: False)
-    held = resident._Held()
+def test_inputs_are_held_where_they_are_computed_on_as_long_as_there_is_room(states, monkeypatch):
     model = Two(torch.bfloat16)
     plan = ResidentMerger(model, opened(states))._plan(make_recipe("base", ["one"], "linear", weight=0.5))
-    # The meta device stands for one without memory: what is read for it comes back from where it lies.
-    assert held.read(plan, "one", "first", torch.device("meta")).device.type == "cpu"
-    assert held.read(plan, "one", "first", torch.device("cpu")) is held.read(plan, "one", "first", torch.device("cpu"))
+    elsewhere = torch.device("meta")  # stands for an accelerator
+    held = resident._Held()
+    first = held.read(plan, "one", "first", elsewhere)
+    assert first.device == elsewhere
+    assert held.read(plan, "one", "first", elsewhere) is first
+    states["one"]["first"].mul_(2)
+    assert held.read(plan, "one", "first", elsewhere) is not first
+    monkeypatch.setattr(resident, "_has_room", lambda device: False)
+    second = held.read(plan, "one", "second", elsewhere)
+    assert second.device == elsewhere
+    assert held.read(plan, "one", "second", elsewhere) is not second
