@@ -61,7 +61,8 @@ class RunFolder:
     def refuse_foreign(self) -> None:
         """Raise InputError when the path is a file, or a folder that holds something but no run."""
         if self.path.is_dir():
-            ours = {".lock", "run.json"}
+            # What is there before the record is: a run that was refused, or killed at once, may start again.
+            ours = {".lock", "run.json", "heldout"}
             holds = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(".run.json.partial-")]
             foreign = holds and "run.json" not in holds and not set(holds) <= ours
         else:

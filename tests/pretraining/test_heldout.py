@@ -126,9 +126,11 @@ def test_a_run_killed_between_its_early_stop_and_the_record_does_not_train_on(
 
 
 def test_a_rule_without_its_text_is_refused_before_training(watched: dict[str, Any]) -> None:
-    watched["heldout"] = watched["heldout"][:1]
+    lacking = {**watched, "heldout": watched["heldout"][:1]}
     with pytest.raises(InputError, match="asks for general text, and there is none"):
-        train(watched, "early_stop.general_rise=0.1")
+        train(lacking, "early_stop.general_rise=0.1")
+    # What the refusal left in the folder is no reason to refuse the corrected run.
+    assert train(watched, "early_stop.general_rise=100", "checkpoints=1")
 
 
 def test_a_missing_file_is_refused(watched: dict[str, Any], tmp_path: Path) -> None:
