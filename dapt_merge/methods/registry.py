@@ -113,8 +113,9 @@ def get_method(name: str) -> Method:
     Raises:
         InputError: there is none; the nearest known name is suggested.
     """
-    names = method_names()
+    _load()
     if name not in _methods:
+        names = method_names()
         raise InputError(
             f"there is no merge method '{name}'.{nearest(name, names)}", remedy=f"Use one of: {', '.join(names)}."
         )
@@ -123,6 +124,11 @@ def get_method(name: str) -> Method:
 
 def method_names() -> tuple[str, ...]:
     """Return the names of all methods, sorted."""
+    _load()
+    return tuple(sorted(_methods))
+
+
+def _load() -> None:
     global _loaded
     if not _loaded:
         for module in _BUILT_IN:
@@ -130,7 +136,6 @@ def method_names() -> tuple[str, ...]:
         _load_entry_points()
         _methods.update((scaled.name, scaled) for scaled in combinations(_methods.values()))
         _loaded = True
-    return tuple(sorted(_methods))
 
 
 def _with_dead_knobs(declared: Method, dead_knobs: Callable[[Values, int], list[str]]) -> Method:
