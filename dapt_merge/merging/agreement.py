@@ -138,6 +138,8 @@ def _check_configs(first: Checkpoint, other: Checkpoint, free: Sequence[str]) ->
         pairs += [(key, rope.get(key), other_rope.get(key)) for key in sorted(rope.keys() | other_rope.keys())]
     for key, value, other_value in pairs:
         if value is not None and other_value is not None and value != other_value:
+            if key == "vocab_size":
+                check_same_vocabulary(first, other)  # where tokens differ, they say more than a number of rows
             raise InputError(
                 f"{key} is {value} in {first.label} and {other_value} in {other.label}",
                 where=f"config.json of {other.label}",

@@ -83,6 +83,17 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_of(tmp_path):
     assert not lazy[EMBEDDING][20].any()
 
 
+def test_a_resized_vocabulary_is_refused_by_its_tokens_and_one_that_is_only_padded_by_its_rows(resized, tmp_path):
+    with pytest.raises(InputError, match=r"2 tokens differ, the first is '<med>': id none in .*base, 20 in .*dapt"):
+        merge(*resized, "linear", weight=0.5)
+    padded = save_tokenized(tmp_path / "padded", byte_pairs(), 1, rows=24)
+    with pytest.raises(InputError, match=r"vocab_size is 20 in .* and 24 in") as error:
+        merge(resized[0], padded, "linear", weight=0.5)
+    assert "tokenizer_source: base" in str(error.value.remedy)
+    lazy = merge(resized[0], padded, "linear", weight=0.5, tokenizer_source="base")
+    torch.testing.assert_close(lazy[EMBEDDING], (table(resized[0]) + table(padded)[:20]) / 2)
+
+
 # --- what the output carries ------------------------------------------------------------------------------------------
 
 
