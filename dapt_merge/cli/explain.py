@@ -160,7 +160,8 @@ def _course(values: Sequence[object]) -> str:
     """Write one value, or those of several layers: the first, every turn, the last. Models are separated by slashes."""
     first = values[0]
     if isinstance(first, tuple):
-        return "/".join(_course([v[model] for v in values if isinstance(v, tuple)]) for model in range(len(first)))
+        between = ", " if any(isinstance(single, str) for single in first) else "/"  # paths have slashes themselves
+        return between.join(_course([v[model] for v in values if isinstance(v, tuple)]) for model in range(len(first)))
     if all(value == first for value in values):
         return _value(first)
     numbers = [number for number, _ in groupby(value for value in values if isinstance(value, int | float))]
@@ -177,7 +178,7 @@ def _in_words(settings: Mapping[str, object]) -> str:
 
 def _value(value: object) -> str:
     if isinstance(value, tuple):
-        return "/".join(_value(single) for single in value)
+        return _course([value])
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -22,6 +22,7 @@ from dapt_merge.checkpoints.threads import MINIMUM_BUDGET, default_threads
 from dapt_merge.merging.copying import copy_seconds_per_byte
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import recalled
+from dapt_merge.merging.report import bytes_read
 from dapt_merge.merging.stream import merge_to_disk
 
 # Python, torch, numba and this package once a merge runs, measured as memory that is no file's.
@@ -126,7 +127,7 @@ def total_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
-    once = sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in _reads(job))
+    once = bytes_read(plan, job)
     return once * (1 + _READINGS_TO_TRIM) if job.parameters.values.get("trim_scope") == "model" else once
 
 

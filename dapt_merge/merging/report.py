@@ -7,6 +7,7 @@ from the output's folder to the inputs, and not where on this machine all of tha
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -159,7 +160,7 @@ def build_report(
         lost_elements=loss.lost if measured else None,
         lost_share=loss.share if measured else None,
         warnings=(*plan.warnings, *_rounding_warnings(loss), *_statistics_warnings(plan, inputs)),
-        bytes_read=sum(_bytes_read(plan, outcome.job) for outcome in outcomes),
+        bytes_read=sum(bytes_read(plan, outcome.job) for outcome in outcomes),
         bytes_written=sum(outcome.job.nbytes for outcome in outcomes),
         seconds=seconds,
         versions=versions(),
@@ -188,9 +189,12 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
-def _bytes_read(plan: MergePlan, job: TensorJob) -> int:
+def bytes_read(plan: MergePlan, job: TensorJob) -> int:
+    """Return how many bytes of checkpoints and statistics one merged tensor is made from."""
     reads = job.reads if job.target_read is None else (*job.reads, job.target_read)
-    return sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in reads)
+    tensors = sum(plan.checkpoints[label].tensors[stored].nbytes for label, stored in reads)
+    numbers = [math.prod(plan.statistics[place[0]].shapes[place[1]]) for place in job.statistics if place is not None]
+    return tensors + 4 * sum(numbers)
 
 
 def _statistics_warnings(plan: MergePlan, inputs: Mapping[str, str]) -> list[str]:
