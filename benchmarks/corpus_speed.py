@@ -5,9 +5,10 @@
 
 Documents are made from the sentences of real texts (`--texts`, by default the demo's corpora): their lengths are drawn
 log-normally around 120 words, two in a hundred are copies and five in a hundred near copies (three words changed) of
-one before. The build runs every step but the language filter's and decontamination's models see real sentences, so
-their cost is real too. Memory is the highest sum of Pss_Anon over the build's processes: what they hold beside pages of
-mapped files, which the system takes back when it needs them; pages that processes share count once.
+one before. The build runs every step: boilerplate, Unicode, whitespace, quality, language, exact and near copies,
+tokens and packing; with `--suites` it is held against those too. A million documents need about 6 GB of disk. Memory
+is the highest sum of Pss_Anon over the build's processes: what they hold beside pages of mapped files, which the system
+takes back when it needs them; pages that processes share count once.
 """
 
 from __future__ import annotations

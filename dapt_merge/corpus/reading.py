@@ -235,7 +235,8 @@ def _too_long(file: Path, number: int, remedy: str) -> InputError:
 def _text_of_line(line: str, field: str, file: Path, number: int) -> str:
     where = f"{file}, line {number}"
     try:
-        record = json.loads(line)
+        # Without its end, so that a value that is missing is told in its column and not on the next line.
+        record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise InputError(
             f"the line is not valid JSON: {error.msg} at column {error.colno}",

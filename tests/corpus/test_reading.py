@@ -111,6 +111,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
     message = refusal(tmp_path / "c.jsonl")
     assert "c.jsonl, line 3" in message
     assert "not valid JSON" in message
+    assert "column 13" in message
 
 
 @pytest.mark.parametrize(
