@@ -5,8 +5,8 @@ import torch
 from statistics_models import TEXTS, make_model, write_corpus
 
 from dapt_merge.checkpoints.opening import open_checkpoint
-from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.corpus.config import CorpusSource
+from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.statistics.collecting import collect_statistics, read_sequences
 
 
