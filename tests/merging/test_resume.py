@@ -148,9 +148,11 @@ def test_a_journal_that_the_kill_cut_off_counts_up_to_its_last_whole_line(inputs
 def test_a_second_process_does_not_touch_the_folder_of_a_running_one(inputs, tmp_path):
     running = start(inputs, tmp_path / "out", slowly=0.2)
     wait_for_file(tmp_path, running)
+    running.send_signal(signal.SIGSTOP)
     with pytest.raises(InputError, match="another process"):
         save(inputs, tmp_path / "out")
     other = save(inputs, tmp_path / "out", seed=3)  # another merge to the same place may go first
+    running.send_signal(signal.SIGCONT)
     assert running.wait() != 0
     assert "exists already" in running.stderr.read()
     assert open_checkpoint(tmp_path / "out").fingerprint() == other.output
