@@ -28,7 +28,7 @@ import float64_reference as exact
 
 RESULTS = Path(__file__).parent / "accuracy"
 SHAPE = (512, 576)
-WEIGHTS = (0.31, 0.47)  # in no small ratio: with 0.3 and 0.45 the coarse steps of bfloat16 often cancel in a vote
+WEIGHTS = (0.3141, 0.4693)  # in no small ratio: with 0.3 and 0.45 the coarse steps of bfloat16 often cancel in a vote
 SEED, NAME = 3, "layers.0.weight"
 Formula = Callable[[np.ndarray, list[np.ndarray], list[np.ndarray]], np.ndarray]
 
