@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dapt_merge.cli import console
 from dapt_merge.cli.methods import methods
 from dapt_merge.errors import InputError
 from dapt_merge.methods.registry import get_method, method_names
@@ -16,7 +17,10 @@ from dapt_merge.methods.registry import get_method, method_names
 def run(*arguments):
     app = typer.Typer()
     app.command()(methods)
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "600"})
+    # A console asks for COLUMNS once, when it is made: whichever test loads it first would decide.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console.output, "_width", 600)
+        result = CliRunner().invoke(app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.stdout
