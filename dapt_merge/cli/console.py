@@ -56,15 +56,19 @@ def _line_reporter(label: str, unit: str) -> Callable[[int, int], None]:
 
     started = time.monotonic()
     last_tenth = 0
+    # The rate counts from the first report on: a resumed run's first one tells what an earlier process did.
+    first: tuple[int, float] | None = None
 
     def report(done: int, total: int) -> None:
-        nonlocal last_tenth
+        nonlocal last_tenth, first
+        now = time.monotonic()
+        first = first or (done, now)
         tenth = 10 * done // max(total, 1)
-        elapsed = time.monotonic() - started
         # What ends within two seconds needs no progress.
-        if tenth > last_tenth and elapsed > 2:
+        if tenth > last_tenth and now - started > 2:
             last_tenth = tenth
-            rate = done / elapsed
-            console.print(f"{label}: {done:,}/{total:,} {unit} ({rate:,.1f} {unit}/s)".replace(" )", ")"))
+            seconds = now - first[1]
+            rate = f" ({(done - first[0]) / seconds:,.1f} {unit}/s)" if seconds > 0 else ""
+            console.print(f"{label}: {done:,}/{total:,} {unit}".rstrip() + rate)
 
     return report
