@@ -163,11 +163,11 @@ def _refuse_unknown_parameters(recipe: Recipe) -> None:
 
 def _run(content: dict[str, Any], folder: Path, seed: int) -> None:
     from mergekit.config import MergeConfiguration
-    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     # mergekit writes every model with an adapter out as a whole one before it merges.
+    _forget_models()  # whoever else in this process used mergekit may have left some
     with _quiet_logging(), tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder.parent) as adapters:
         options = MergeOptions(
             quiet=True, write_model_card=False, random_seed=seed, trust_remote_code=False, lora_merge_cache=adapters
@@ -181,7 +181,16 @@ def _run(content: dict[str, Any], folder: Path, seed: int) -> None:
                 remedy="Try --engine native, which says what is wrong with an input.",
             ) from error
         finally:
-            LoaderCache().loaders.clear()  # it would serve a changed file from before
+            _forget_models()
+
+
+def _forget_models() -> None:
+    """mergekit keeps opened models by name: a changed file or another folder of that name would be served from before."""
+    from mergekit.architecture.auto import infer_architecture_info
+    from mergekit.io.tasks import LoaderCache
+
+    LoaderCache().loaders.clear()
+    infer_architecture_info.cache_clear()
 
 
 @contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from merging_models import load_weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.merging import merge_to_disk, plan_merge
@@ -27,6 +30,24 @@ def test_both_engines_make_the_same_tensors_of_one_recipe(models, tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
     assert load_recipe(tmp_path / "mergekit" / "recipe.yaml") == recipe(models)
     assert (tmp_path / "mergekit" / "tokenizer.json").is_file() or (tmp_path / "mergekit" / "config.json").is_file()
+
+
+def test_other_models_of_the_same_names_are_opened_anew(tmp_path, monkeypatch):
+    for tied in (True, False):  # the tied one first: its names and shapes must not serve the other
+        place = tmp_path / str(tied)
+        for name in ("b", "d"):
+            config = LlamaConfig(
+                vocab_size=32 if tied else 48, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                num_attention_heads=2, tie_word_embeddings=tied,
+            )  # fmt: skip
+            LlamaForCausalLM(config).save_pretrained(place / name)
+        monkeypatch.chdir(place)
+        merge_with_mergekit(recipe(), "out")
+        for name in ("b", "d"):  # as whoever uses mergekit without us leaves it
+            reference = ModelReference.parse(name)
+            LoaderCache().loaders[reference] = reference.lazy_loader()
+        assert load_weights(place / "out")["model.embed_tokens.weight"].shape == (32 if tied else 48, 16)
+        assert ("lm_head.weight" in load_weights(place / "out")) is not tied
 
 
 def test_a_failure_of_mergekit_leaves_no_output(models, tmp_path, monkeypatch):
