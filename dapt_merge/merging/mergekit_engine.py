@@ -185,7 +185,7 @@ def _run(content: dict[str, Any], folder: Path, seed: int) -> None:
 
 
 def _forget_models() -> None:
-    """mergekit keeps opened models by name: a changed file or another folder of that name would be served from before."""
+    """mergekit keeps opened models by name: another folder of that name would be served from before."""
     from mergekit.architecture.auto import infer_architecture_info
     from mergekit.io.tasks import LoaderCache
 
