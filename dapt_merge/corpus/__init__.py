@@ -1,7 +1,8 @@
 """A corpus: texts of many kinds in; packed rows of tokens, and a manifest of what became of every document, out.
 
-The data flow is the order of the modules: `reading`, `cleaning`, `duplicates`, `contamination`, `tokens`, `mixing`,
-`packing`, `manifest`; `building` tells the story. Models and training are not known here.
+The data flow is the order of the modules: `reading`, `cleaning`, `cleaned_file`, `thinning` (by `contamination` and
+`duplicates`), `documents`, `tokens`, `mixing`, `packing`, `manifest`; `building` tells the story. Models and training
+are not known here.
 """
 
 from dapt_merge.corpus.building import build_corpus, corpus_fingerprint

@@ -17,16 +17,17 @@ import xxhash
 
 from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.corpus.built import MANIFEST, TRAIN, BuiltCorpus, open_corpus
+from dapt_merge.corpus.cleaned_file import REMOVED
 from dapt_merge.corpus.config import CorpusConfig
 from dapt_merge.corpus.documents import (
     CONTACTS,
-    REMOVED,
     DocumentStore,
     documents_fingerprint,
     load_item_runs,
     store_documents,
 )
-from dapt_merge.corpus.manifest import corpus_manifest, manifest_in_markdown, notes_on
+from dapt_merge.corpus.manifest import corpus_manifest, notes_on
+from dapt_merge.corpus.manifest_page import manifest_in_markdown
 from dapt_merge.corpus.mixing import Mix, resolve_mix
 from dapt_merge.corpus.packing import lay_out, write_rows
 from dapt_merge.corpus.reading import content_fingerprint

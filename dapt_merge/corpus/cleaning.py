@@ -27,7 +27,7 @@ from dapt_merge.corpus.characters import (
 from dapt_merge.corpus.config import Clean, NearDuplicates
 from dapt_merge.corpus.contamination import Contact, Detector
 from dapt_merge.corpus.filters import language_fault, quality_fault
-from dapt_merge.corpus.reading import Document
+from dapt_merge.corpus.records import Document
 from dapt_merge.corpus.shingles import folded, runs_of, signature
 
 EMPTY = "empty"

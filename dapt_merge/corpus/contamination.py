@@ -69,6 +69,38 @@ class Contact(NamedTuple):
     words: str
 
 
+class ContactsFound:
+    """The documents that hold enough of an item, and how much of an item any document holds at most.
+
+    Args:
+        runs: of the items.
+        minimum_share: how much of an item is enough, as a share of its runs.
+
+    Attributes:
+        documents: by document, the items that it holds enough of.
+        largest_shares: by task, the largest share of an item in one document, enough or not.
+    """
+
+    def __init__(self, runs: ItemRuns, minimum_share: float) -> None:
+        self.runs, self._minimum_share = runs, minimum_share
+        self.documents: dict[int, Contact] = {}
+        self.largest_shares: dict[str, float] = {}
+
+    def add(self, contacts: Mapping[int, Contact], *, first_document: int) -> None:
+        """Add the contacts of a batch, by place in it; its documents are numbered from `first_document` on."""
+        for place, contact in contacts.items():
+            for owner, share in contact.shares.items():
+                task = self.runs.items[owner].task
+                self.largest_shares[task] = max(self.largest_shares.get(task, 0.0), share)
+            enough = {owner: share for owner, share in contact.shares.items() if share >= self._minimum_share}
+            if enough:
+                self.documents[first_document + place] = contact._replace(shares=enough)
+
+    def items_in(self, document: int) -> dict[Item, float]:
+        """Return the items that a document holds enough of, and the share of each."""
+        return {self.runs.items[owner]: share for owner, share in self.documents[document].shares.items()}
+
+
 def item_runs(settings: Decontaminate) -> ItemRuns:
     """Load the suites and hash their items' runs of words.
 

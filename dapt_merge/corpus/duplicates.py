@@ -10,7 +10,7 @@ repetitions in a corpus and not with the corpus.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,12 +162,3 @@ class _RememberedRuns:
                 self._held.popitem(last=False)
         self._held[document] = found
         return found
-
-
-def by_source(pairs: Sequence[Pair], sources: np.ndarray) -> dict[tuple[int, int], int]:
-    """Count the pairs by the sources of the document left out and of the one kept."""
-    counts: dict[tuple[int, int], int] = {}
-    for pair in pairs:
-        key = (int(sources[pair.document]), int(sources[pair.kept]))
-        counts[key] = counts.get(key, 0) + 1
-    return counts

@@ -180,13 +180,13 @@ def test_the_fingerprint_is_known_before_the_corpus_is_built(settings: dict[str,
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_change_nothing(settings: dict[str, Any], tokenizer: Any, tmp_path: Path, count: int) -> None:
-    from dapt_merge.corpus import documents, tokens
+    from dapt_merge.corpus import batches, tokens
 
     expected = rows_of(build(settings, tokenizer))
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((documents, "_WORTH_PROCESSES"), (tokens, "_WORTH_PROCESSES")):
+        for module, name in ((batches, "_WORTH_PROCESSES"), (tokens, "_WORTH_PROCESSES")):
             patch.setattr(module, name, 1)
-        patch.setattr(documents, "_DOCUMENTS_AT_ONCE", 4)
+        patch.setattr(batches, "_DOCUMENTS_AT_ONCE", 4)
         patch.setattr(tokens, "_DOCUMENTS_AT_ONCE", 7)
         other = build({**settings, "cache_folder": str(tmp_path / "other"), "processes": count}, tokenizer)
     assert rows_of(other) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_corpora import texts, write_jsonl
 
-from dapt_merge.corpus import reading
+from dapt_merge.corpus import text_files
 from dapt_merge.corpus.config import CorpusSource
 from dapt_merge.corpus.reading import content_fingerprint, read_source
 from dapt_merge.errors import InputError
@@ -158,7 +158,7 @@ def test_what_is_no_text_is_recognised(tmp_path: Path, content: bytes, said: str
 def test_one_enormous_line_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "LONGEST_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(text_files, "LONGEST_DOCUMENT_BYTES", 2**20)
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n' + b"x" * 2**21)
     assert "c.jsonl, line 2" in refusal(tmp_path / "c.jsonl")
     (tmp_path / "c.txt").write_bytes(b"line of text\n" * 2**17)
