@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dapt_merge.reports.report import Report
 
 # What `--quick` changes in the presets: enough to see the trade, too little to trust it.
-QUICK_PRETRAIN = {"tokens": 12_000, "checkpoints": 2}
+QUICK_PRETRAIN = {"tokens": 8_000, "checkpoints": 2}
 QUICK_TRIALS = 4
 PICTURES = ("front.png", "front.svg", "front.html")
 
