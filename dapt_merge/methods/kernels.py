@@ -36,7 +36,9 @@ _COUNTED = 1 << 16  # elements between which counts and flags are looked at, whe
 SUMMED = 1024  # elements that `products` adds up at a time
 _INFINITE = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_RANK_BUCKETS = (16 << 7) + 2
+_RANK_OCTAVES = 6  # above a typical magnitude that have buckets of their own
+_SAMPLED_OF_ROW = 128
+_MOST_COMPARED = 16  # elements in a bucket that are all compared with each other
 
 
 def _compiled(function: Function) -> Function:
@@ -272,57 +274,86 @@ def _drop_hashed(delta: Any, low: Any, first_key: Any, second_key: Any, highest:
 
 
 @_compiled
-def _fill_buckets(bits: Any, bucket_of: Any) -> Any:
-    """Write which bucket of nearly equal magnitude each element of a row belongs to, the largest first; and how many.
-
-    They cover 16 octaves below the largest magnitude, then one holds all below, and the last all zeros.
-    """
-    largest = np.uint32(0)
-    for i in range(bits.size):
-        largest = max(largest, np.uint32(bits[i] & _MAGNITUDE))
-    shift = np.uint32(16 if bits.size >= 1024 else 18)
-    smallest, zeros = np.int32(16 << (23 - shift)), np.int32((16 << (23 - shift)) + 1)
-    top = np.int32(np.uint32(largest >> shift))
-    for i in range(bits.size):
-        magnitude = np.uint32(bits[i] & _MAGNITUDE)
-        bucket = min(np.int32(top - np.int32(np.uint32(magnitude >> shift))), smallest)
-        bucket_of[i] = bucket if magnitude != np.uint32(0) else zeros
-    return zeros + 1
+def _typical_magnitude(values: Any) -> Any:
+    """Return a power of two near the mean magnitude of a sample; 0 where that is 0."""
+    step = values.size // _SAMPLED_OF_ROW + 1
+    total = np.float32(0)
+    for i in range(0, values.size, step):
+        total = np.float32(total + abs(values[i]))
+    mean = np.float32(total * np.float32(step) / np.float32(values.size))
+    return np.uint32(np.float32(mean).view(np.uint32) & _INFINITE).view(np.float32)
 
 
 @_compiled
-def _order_row(bits: Any, order: Any, bucket_of: Any, ends: Any) -> None:
-    """Write the indices of a row's elements into `order`, the largest first, equal ones by index.
+def _fill_buckets(bits: Any, typical: Any, shift: Any, last: Any, bucket_of: Any) -> Any:
+    """Write which bucket each element of a row belongs to, the larger the higher, zeros in the first; and how many.
 
-    Buckets are filled in the order of the elements, and what is out of order within one is moved by insertion: nearly
-    nothing, and where it is much, a sort does it.
+    With the typical magnitude added, the highest bits of a number grow with it in equal steps below that magnitude and
+    with its logarithm above: few share a bucket, whatever the row looks like. Only speed depends on that.
     """
-    buckets = _fill_buckets(bits, bucket_of)
-    ends[:buckets] = 0
+    lowest = np.uint32(np.float32(typical).view(np.uint32) >> shift)
+    largest = np.uint32(0)
     for i in range(bits.size):
-        ends[bucket_of[i]] += 1
-    before = np.int32(0)
-    for bucket in range(buckets):
-        held = ends[bucket]
-        ends[bucket] = before
-        before += held
+        magnitude = np.uint32(bits[i] & _MAGNITUDE)
+        moved = np.float32(magnitude.view(np.float32) + typical).view(np.uint32)
+        bucket = np.uint32(np.uint32(moved >> shift) - lowest)
+        bucket = np.uint32(min(bucket, last) + np.uint32(magnitude != np.uint32(0)))
+        bucket_of[i] = bucket
+        largest = max(largest, bucket)
+    return np.int64(largest) + 1
+
+
+@_compiled
+def _place(bits: Any, bucket_of: Any, within: Any, starts: Any, placed: Any, order: Any) -> Any:
+    """Write a row's magnitudes and indices by bucket, the highest first, and by index; return the most in a bucket."""
+    starts[:] = 0
     for i in range(bits.size):
-        place = ends[bucket_of[i]]
-        order[place] = i
-        ends[bucket_of[i]] = place + 1
-    moves_left = 32 * bits.size
-    for place in range(1, bits.size):
-        index = order[place]
-        magnitude = np.uint32(bits[index] & _MAGNITUDE)
-        hole = place
-        while hole > 0 and np.uint32(bits[order[hole - 1]] & _MAGNITUDE) < magnitude:
-            order[hole] = order[hole - 1]
+        held = starts[bucket_of[i]]
+        within[i] = held
+        starts[bucket_of[i]] = np.uint32(held + np.uint32(1))
+    before, most = np.uint32(0), np.uint32(0)
+    for back in range(starts.size):
+        bucket = np.uint64(starts.size - 1 - back)  # unsigned indices are not asked whether they count from the end
+        held = starts[bucket]
+        starts[bucket] = before
+        before = np.uint32(before + held)
+        most = max(most, held)
+    for i in range(bits.size):
+        place = np.uint32(starts[bucket_of[i]] + within[i])
+        placed[place] = np.uint32(bits[i] & _MAGNITUDE)
+        order[place] = np.uint32(i)
+    return np.int64(most)
+
+
+@_compiled
+def _move_back(earlier: Any, later: Any, ranks: Any) -> None:
+    for i in range(earlier.size):
+        ranks[i] = np.uint32(ranks[i] + np.uint32(later[i] > earlier[i]))
+
+
+@_compiled
+def _move_forward(earlier: Any, later: Any, ranks: Any) -> None:
+    for i in range(earlier.size):
+        ranks[i] = np.uint32(ranks[i] - np.uint32(later[i] > earlier[i]))
+
+
+@_compiled
+def _insert(placed: Any, order: Any) -> Any:
+    """Sort what is nearly sorted, equal ones as they come; False where that takes too long."""
+    moves_left = 32 * placed.size
+    for place in range(1, placed.size):
+        magnitude = placed[place]
+        if placed[place - 1] >= magnitude:
+            continue
+        index, hole = order[place], place
+        while hole > 0 and placed[hole - 1] < magnitude:
+            placed[hole], order[hole] = placed[hole - 1], order[hole - 1]
             hole -= 1
-        order[hole] = index
+        placed[hole], order[hole] = magnitude, index
         moves_left -= place - hole
         if moves_left < 0:
-            _sort_row(bits, order)
-            return
+            return False
+    return True
 
 
 @_compiled
@@ -332,22 +363,47 @@ def _sort_row(bits: Any, order: Any) -> None:
         keys[i] = ((np.int64(_MAGNITUDE) - np.int64(bits[i] & _MAGNITUDE)) << 32) | i
     keys.sort()
     for i in range(bits.size):
-        order[i] = np.int32(keys[i] & 0xFFFFFFFF)
+        order[i] = np.uint32(keys[i] & 0xFFFFFFFF)
+
+
+@_compiled
+def _rank_row(values: Any, shift: Any, starts: Any, scratch: Any, order: Any, ranks: Any) -> None:
+    """Write a row's indices in some order, and the rank of each: the largest magnitude first, equal ones by index.
+
+    Nearly every element has its rank once the buckets are filled. Within small buckets, all pairs are compared at a
+    fixed distance, without a branch; large ones are mostly equal numbers, in which little has to be moved.
+    """
+    bits, row = values.view(np.uint32), values.size
+    bucket_of, within, placed = scratch[0], scratch[1], scratch[2]
+    last = np.uint32(starts.size - 2)
+    buckets = _fill_buckets(bits, np.float32(_typical_magnitude(values)), shift, last, bucket_of)
+    most = _place(bits, bucket_of, within, starts[:buckets], placed, order)
+    for place in range(row):
+        ranks[place] = np.uint32(place)
+    if most <= _MOST_COMPARED:
+        for distance in range(1, most):
+            _move_back(placed[: row - distance], placed[distance:], ranks)
+            _move_forward(placed[: row - distance], placed[distance:], ranks[distance:])
+    elif not _insert(placed, order):
+        _sort_row(bits, order)
 
 
 @_compiled
 def _drop_by_rank(delta: Any, start: int, row: int, limits: Any, probabilities: Any, divide: bool, keys: Any) -> None:
     """Keep each element of whole rows with the probability that its rank in its row has, and divide by that."""
     count = delta.size
-    bits = delta.view(np.uint32)
     limit_of, probability_of = np.empty(count, np.uint32), np.empty(count, np.float32)
-    order, bucket_of, ends = np.empty(row, np.int32), np.empty(row, np.int32), np.empty(_RANK_BUCKETS, np.int32)
+    octave_bits = 0  # an octave has a quarter to half as many buckets as a row has elements
+    while (4 << octave_bits) < row and octave_bits < 18:
+        octave_bits += 1
+    shift, starts = np.uint32(23 - octave_bits), np.empty(_RANK_OCTAVES << octave_bits, np.uint32)
+    scratch, order, ranks = np.empty((3, row), np.uint32), np.empty(row, np.uint32), np.empty(row, np.uint32)
     for first in range(0, count, row):
-        _order_row(bits[first : first + row], order, bucket_of, ends)
+        _rank_row(delta[first : first + row], shift, starts, scratch, order, ranks)
         limit_row, probability_row = limit_of[first : first + row], probability_of[first : first + row]
-        for rank in range(row):
-            limit_row[order[rank]] = limits[rank]
-            probability_row[order[rank]] = probabilities[rank]
+        for place in range(row):
+            limit_row[order[place]] = limits[ranks[place]]
+            probability_row[order[place]] = probabilities[ranks[place]]
     done = 0
     while done < count:  # a long row may cross multiples of 2**32
         high, low = (start + done) >> 32, (start + done) & 0xFFFFFFFF

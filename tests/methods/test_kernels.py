@@ -199,14 +199,32 @@ def test_thresholds_are_found_where_the_numbers_lie_as_a_sort_finds_them(tensors
         assert torch.equal(selection.kept_mask(deltas, cutoff), expected)
 
 
-@pytest.mark.parametrize("spread", ["one outlier", "all equal", "two values", "descending", "ascending"])
+@pytest.mark.parametrize(
+    "spread",
+    [
+        "one outlier",
+        "all equal",
+        "two values",
+        "descending",
+        "ascending",
+        "sparse",
+        "many octaves",
+        "subnormal",
+        "near",
+    ],
+)
 def test_rows_that_are_hard_to_order_are_ranked_exactly(spread):
+    draws = torch.Generator().manual_seed(1)
     row = {
         "one outlier": torch.cat([torch.tensor([1e6]), torch.linspace(1e-5, 2e-5, 2999)]),
         "all equal": torch.full((3000,), 0.5),
         "two values": torch.tensor([1.0, 1.0 + 2**-20]).repeat(1500),
         "descending": torch.linspace(1.0 + 1e-3, 1.0, 3000),
         "ascending": torch.linspace(1.0, 1.0 + 1e-3, 3000),
+        "sparse": torch.randn(3000, generator=draws) * (torch.arange(3000) % 300 == 7),
+        "many octaves": torch.exp2(torch.rand(3000, generator=draws) * 200 - 100),
+        "subnormal": torch.randint(1, 2000, (3000,), generator=draws) * 1e-45,
+        "near": torch.randn(3000, generator=draws),
     }[spread]
     merge = (
         get_method("della_linear"),
