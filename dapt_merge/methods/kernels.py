@@ -500,7 +500,8 @@ def _elected_two(
         sign = np.float32(1) if votes >= 0 else np.float32(-1)
         agreeing_one = one[i] * first * (against_one * sign)
         agreeing_other = other[i] * second * (against_other * sign)
-        total = against_one * (agreeing_one if agreeing_one > 0 else np.float32(0))
+        # From +0 on, as the general sum: −0 twice would keep the sign of a base that is −0.
+        total = np.float32(0) + against_one * (agreeing_one if agreeing_one > 0 else np.float32(0))
         total += against_other * (agreeing_other if agreeing_other > 0 else np.float32(0))
         divisor = first if agreeing_one > 0 else np.float32(0)
         divisor += second if agreeing_other > 0 else np.float32(0)

@@ -103,6 +103,15 @@ def test_the_methods_that_are_merged_most_have_compiled_loops():
     assert {"della_linear", "breadcrumbs", "breadcrumbs_ties"} <= set(COMPILED)
 
 
+def test_a_base_of_minus_zero_on_which_nobody_agrees_has_the_sign_that_the_torch_function_gives():
+    base, values = torch.tensor([-0.0, 1.0]), {"weight": [-0.7, -0.7], "density": [1.0, 1.0], "lambda": 1.0}
+    models = [torch.tensor([-0.0, 2.0]), torch.tensor([-0.0, 3.0])]
+    for elect in ("weighted", "unweighted", "count"):
+        settled = {**values, "normalize": True, "elect": elect, "rescale": "none", "trim_scope": "tensor"}
+        merge = (get_method("ties"), base, models, settled)
+        assert outcome(merge, torch.float32, compiled=True) == outcome(merge, torch.float32, compiled=False)
+
+
 @pytest.mark.parametrize("name", COMPILED)
 @settings(max_examples=40, deadline=None)
 @given(st.data())
