@@ -196,6 +196,32 @@ def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     return edited
 
 
+def configured(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    noun: str,
+    remedy: str,
+    locate: Callable[[dict[str, Any], Path], None],
+) -> tuple[dict[str, Any], str]:
+    """Return what a YAML file or a mapping of its shape says, overrides applied, and what to call it in errors.
+
+    Args:
+        source: the path of a YAML file, or a mapping.
+        overrides: as for `overridden`.
+        noun, remedy: as for `read_mapping`.
+        locate: points the inputs of a file's content, which it changes, to where they are found from the file's folder.
+
+    Raises:
+        InputError: as `read_mapping` and `overridden`.
+    """
+    if isinstance(source, Mapping):
+        return overridden(source, overrides), "configuration"
+    content = overridden(read_mapping(source, noun=noun, remedy=remedy), overrides)
+    locate(content, Path(source).parent)
+    return content, str(source)
+
+
 def set_at(content: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
     """Set the value at a path through mappings and lists, making a missing mapping on the way.
 

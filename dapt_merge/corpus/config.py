@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.errors import InputError
-from dapt_merge.yaml_files import explained, located, overridden, read_mapping
+from dapt_merge.yaml_files import configured, explained, located
 
 Role = Literal["domain", "replay"]
 ROLES: tuple[Role, Role] = ("domain", "replay")
@@ -285,14 +285,8 @@ def load_corpus_config(source: str | Path | Mapping[str, Any], overrides: Sequen
         InputError: the file is missing or not YAML; a key is unknown; a value has the wrong type, is out of range or
             contradicts another one. It names the file and the key.
     """
-    if isinstance(source, Mapping):
-        origin, content = "configuration", dict(source)
-    else:
-        origin = str(source)
-        content = read_mapping(source, noun="corpus", remedy="Start from recipes/corpus-french-biomedical.yaml.")
-    content = overridden(content, overrides)
-    if not isinstance(source, Mapping):
-        locate_inputs(content, Path(source).parent)
+    remedy = "Start from recipes/corpus-french-biomedical.yaml."
+    content, origin = configured(source, overrides, noun="corpus", remedy=remedy, locate=locate_inputs)
     try:
         return CorpusConfig.model_validate(content)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dapt_merge.corpus.config import CorpusConfig, CorpusDocuments, corpus_fields_at, locate_inputs, refuse_inert_roles
-from dapt_merge.yaml_files import explained, located, overridden, read_mapping
+from dapt_merge.yaml_files import configured, explained, located
 
 Precision = Literal["bf16-master", "fp32", "bf16-autocast", "bf16", "auto"]
 
@@ -242,19 +242,12 @@ def load_pretrain_config(source: str | Path | Mapping[str, Any], overrides: Sequ
         >>> load_pretrain_config({"base": "b", "corpus": ["c.txt"], "epochs": 1}, ["learning_rate=1e-4"]).learning_rate
         0.0001
     """
-    origin = "configuration" if isinstance(source, Mapping) else str(source)
-    content = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    remedy = "Start from recipes/pretrain-demo.yaml."
+    content, origin = configured(source, overrides, noun="pre-training run", remedy=remedy, locate=_locate_inputs)
     try:
-        content = overridden(content, overrides)
-        if not isinstance(source, Mapping):
-            _locate_inputs(content, Path(source).parent)
         return PretrainConfig.model_validate(content)
     except ValidationError as error:
         raise explained(error, origin, _fields_at) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_mapping(path, noun="pre-training run", remedy="Start from recipes/pretrain-demo.yaml.")
 
 
 def _locate_inputs(content: dict[str, Any], folder: Path) -> None:
