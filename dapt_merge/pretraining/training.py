@@ -357,11 +357,14 @@ def _model_to_train(
     config: PretrainConfig, run: RunFolder, inputs: _Inputs, resume: int | None, *, seed: int
 ) -> tuple[Any, Any]:
     """Return what is trained, and the causal model in it (the same, unless an adapter is around it)."""
+    from dapt_merge.pretraining.attention import use_document_attention
     from dapt_merge.pretraining.loss import has_plain_head, keeps_documents_apart, use_head_loss
 
     weights = None if resume is None else run.weights_of(resume)
     whole = _load_model(inputs.base.folder if weights is None or config.adapter is not None else weights)
     whole.use_cache_of_base = whole.config.use_cache
+    if config.attention == "document":
+        use_document_attention(whole)
     if config.attention == "document" and not keeps_documents_apart(whole):
         raise InputError(
             "this model's attention cannot be kept within documents",
