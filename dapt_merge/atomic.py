@@ -1,9 +1,9 @@
 """Outputs that appear under their final name only when they are complete.
 
 The idea: write into a hidden sibling of the target (same file system, so that the rename is atomic), flush it to the
-disk, rename. A killed process leaves at most such a sibling; the next writer of the same target removes it once its
-owner is gone, or goes on with it where both say that they write the same. What this module does not know: what is
-written.
+disk (unless the caller leaves that to the kernel, as `cp` does), rename. A killed process leaves at most such a
+sibling; the next writer of the same target removes it once its owner is gone, or goes on with it where both say that
+they write the same. What this module does not know: what is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _LOCK_FILE = ".lock"
 
 
 @contextmanager
-def atomic_folder(final: str | Path, *, overwrite: bool = False, key: str | None = None) -> Iterator[Path]:
+def atomic_folder(
+    final: str | Path, *, overwrite: bool = False, key: str | None = None, flush: bool = True
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` when the block ends without an exception.
 
     Args:
@@ -29,6 +31,8 @@ def atomic_folder(final: str | Path, *, overwrite: bool = False, key: str | None
         overwrite: replace it if it exists, once the new one is complete.
         key: a name for all that the content depends on. The folder yielded is empty, unless a process that was killed
             or interrupted has left one with the same key: then it is that one, with what lies in it.
+        flush: wait for the disk before the folder gets its name. Without, it is whole for every process from then on,
+            and a power cut within the next half minute or so can still leave it half empty.
 
     Raises:
         InputError: `final` exists and `overwrite` is false; its parent is not writable; the disk is full; another
@@ -44,9 +48,10 @@ def atomic_folder(final: str | Path, *, overwrite: bool = False, key: str | None
         try:
             yield temporary
             (temporary / _LOCK_FILE).unlink(missing_ok=True)
-            _sync_tree(temporary)
+            if flush:
+                _sync_tree(temporary)
             refuse_existing(final, overwrite)  # which another process may have made in the meantime
-            _replace(temporary, final)
+            _replace(temporary, final, flush=flush)
         except BaseException as error:
             if key is None or not isinstance(error, KeyboardInterrupt):
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +165,7 @@ def _take_lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _replace(temporary: Path, final: Path) -> None:
+def _replace(temporary: Path, final: Path, *, flush: bool = True) -> None:
     if final.is_dir() and not final.is_symlink():
         # A non-empty folder cannot be renamed over: the old one steps aside first, and goes only after the new is in.
         aside = final.parent / f".{final.name}.replaced-{os.getpid()}"
@@ -169,7 +174,8 @@ def _replace(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside)
     else:
         os.replace(temporary, final)
-    _sync(final.parent)
+    if flush:
+        _sync(final.parent)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -3,7 +3,12 @@
 The idea: bytes are gathered in a few page-aligned buffers, and threads of their own carry full ones to the file, past
 the page cache (O_DIRECT). That costs next to no processor time and leaves nothing for the final flush to wait for. What
 does not fill whole blocks, at the borders between tensors, is kept and written last. Where a file system has no direct
-writes, ordinary ones are made. What the bytes are, this module does not know.
+writes, ordinary ones are made.
+
+A disk can be slower than the threads. Where the caller does not wait for the disk anyway, a thread that has had to wait
+for a buffer writes its next pieces into the page cache itself, while they are in the processor's: as long as there is
+room, and as long as a byte costs less time than the disk would take. (Fresh memory can be dear: a virtual machine may
+have to ask its host for it.) What the bytes are, this module does not know.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import errno
 import mmap
 import os
 import queue
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +28,13 @@ BLOCK_BYTES = 4096  # what offset, length and address of a direct write are mult
 _LARGEST_BUFFER_BYTES = 8 * 2**20
 _SMALLEST_BUFFER_BYTES = 4 * 2**20
 _ALL_BUFFERS_BYTES = 96 * 2**20
+# What goes into the page cache is still in the processor's own when it is copied.
+_CACHED_PIECE_BYTES = 2 * 2**20
+# Together, before the disk counts as the slower part.
+_PATIENCE_SECONDS = 0.02
+# A byte in the page cache may take as much of a processor as a fast disk takes for it, judged by the first so many.
+_DEAREST_SECONDS_PER_BYTE = 0.7e-9
+_TELLING_BYTES = 32 * 2**20
 
 
 class Staging:
@@ -28,19 +42,60 @@ class Staging:
 
     Args:
         threads: how many threads compute.
+        cached_bytes: how much may be left to the page cache where the disk cannot keep up; 0: everything goes past it.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, cached_bytes: int = 0) -> None:
         room = _ALL_BUFFERS_BYTES // (2 * threads) // BLOCK_BYTES * BLOCK_BYTES
         self.buffer_bytes = min(max(room, _SMALLEST_BUFFER_BYTES), _LARGEST_BUFFER_BYTES)
         self._free: queue.SimpleQueue[mmap.mmap | None] = queue.SimpleQueue()
         for _ in range(2 * threads):
             self._free.put(None)  # made when first taken: a small merge needs few
         self._pool = ThreadPoolExecutor(max(2, threads), thread_name_prefix="writing")
+        self._lock = threading.Lock()
+        self._cached_bytes = cached_bytes  # what is left of them
+        self._waited_seconds = 0.0
+        self._caching = (0, 0.0)  # bytes, processor seconds
 
     def take(self) -> mmap.mmap:
         """Return a free page-aligned buffer; waits until there is one."""
-        return self._free.get() or mmap.mmap(-1, self.buffer_bytes)
+        try:
+            free = self._free.get_nowait()
+        except queue.Empty:
+            started = time.monotonic()
+            free = self._free.get()
+            with self._lock:
+                self._waited_seconds += time.monotonic() - started
+        return free or mmap.mmap(-1, self.buffer_bytes)
+
+    @property
+    def piece_bytes(self) -> int:
+        """How much of a buffer is to be filled before it is carried away."""
+        return min(_CACHED_PIECE_BYTES, self.buffer_bytes) if self._caches() else self.buffer_bytes
+
+    def carry(self, write: Callable[[bool], None], nbytes: int) -> Future[None] | None:
+        """Have so many bytes written: `write(False)` by a writing thread, or `write(True)`, cached, by this one now.
+
+        Returns:
+            What tells when it is done, or None when it is.
+        """
+        with self._lock:
+            cached = self._caches() and nbytes <= self._cached_bytes
+            if cached:
+                self._cached_bytes -= nbytes
+        if not cached:
+            return self._pool.submit(write, False)
+        started = time.thread_time()
+        write(True)
+        seconds = time.thread_time() - started
+        with self._lock:
+            self._caching = (self._caching[0] + nbytes, self._caching[1] + seconds)
+            if self._caching[0] >= _TELLING_BYTES and self._caching[1] > self._caching[0] * _DEAREST_SECONDS_PER_BYTE:
+                self._cached_bytes = 0
+        return None
+
+    def _caches(self) -> bool:
+        return self._cached_bytes > 0 and self._waited_seconds > _PATIENCE_SECONDS
 
     def give(self, buffer: mmap.mmap) -> None:
         """Take a buffer back."""
@@ -73,9 +128,9 @@ class OutputFile:
             self.close()
             raise
 
-    def write(self, content: memoryview, offset: int) -> None:
+    def write(self, content: memoryview, offset: int, *, cached: bool = False) -> None:
         """Write bytes, whose offset, length and address are multiples of `BLOCK_BYTES` except in `keep`; blocking."""
-        if self._direct is not None:
+        if self._direct is not None and not cached:
             try:
                 _write_at(self._direct, content, offset)
                 return
@@ -88,12 +143,13 @@ class OutputFile:
         """Remember a few bytes that fill no block; `finish` writes them. From one thread at a time or many."""
         self._fragments.append((offset, content))
 
-    def finish(self) -> None:
-        """Write what was kept, and wait until the disk has everything."""
+    def finish(self, *, flush: bool = True) -> None:
+        """Write what was kept, and wait until the disk has everything, unless that is left to the kernel."""
         for offset, content in self._fragments:
             _write_at(self._descriptor, memoryview(content), offset)
         self._fragments.clear()
-        os.fsync(self._descriptor)
+        if flush:
+            os.fsync(self._descriptor)
         self.close()
 
     def close(self) -> None:

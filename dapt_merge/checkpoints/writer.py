@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import tensor_bytes
 from dapt_merge.checkpoints.dtypes import SAFETENSORS_NAMES, dtype_name
+from dapt_merge.checkpoints.page_cache import page_cache_room
 from dapt_merge.checkpoints.staging import BLOCK_BYTES, OutputFile, Staging
 from dapt_merge.checkpoints.threads import default_threads
 from dapt_merge.errors import DaptMergeError, InputError
@@ -81,7 +82,9 @@ class CheckpointWriter:
         threads: how many threads will write (default: the CPUs this process may use); buffers are made for them.
         finished_files: names of files that an earlier writer of the same tensors has finished in this folder; their
             tensors are not to be written again.
-        on_finished: called with (file name, its tensors' names) once a file is on the disk, from a writing thread.
+        on_finished: called with (file name, its tensors' names) once a file is written, from a writing thread.
+        flush: whether a file counts as written only when the disk has it; otherwise when any process can read it, and
+            only a power cut can still take it away.
 
     Raises:
         InputError: a dtype that safetensors cannot hold.
@@ -105,15 +108,17 @@ class CheckpointWriter:
         threads: int | None = None,
         finished_files: Collection[str] = (),
         on_finished: Callable[[str, tuple[str, ...]], None] | None = None,
+        flush: bool = True,
     ) -> None:
         self._folder = folder
         self._on_finished = on_finished
+        self._flush = flush
         layout = split_into_shards(tensors, shard_bytes)
         self.files = shard_files(len(layout))
         self._names = [tuple(spec.name for spec in shard) for shard in layout]
         self._places: dict[str, _Place] = {}
         self._shards: dict[int, _Shard] = {}
-        self._staging = Staging(threads or default_threads())
+        self._staging = Staging(threads or default_threads(), cached_bytes=0 if flush else page_cache_room())
         try:
             for number, shard in enumerate(layout):
                 header, nbytes = self._lay_out(number, shard)
@@ -153,7 +158,7 @@ class CheckpointWriter:
         return stream.digest
 
     def close(self) -> None:
-        """Wait for the disk, write the index and close the files.
+        """Wait until everything is written, write the index and close the files.
 
         Raises:
             DaptMergeError: a tensor that was announced has not been written.
@@ -217,24 +222,26 @@ class CheckpointWriter:
             shard.finished = self._staging.submit(lambda: self._finish(number))
 
     def _carry(self, place: _Place, buffer: mmap.mmap, first: int, end: int, origin: int) -> None:
-        """Let a writing thread put the bytes first…end−1 of a buffer into the file, and free the buffer."""
+        """Have the bytes first…end−1 of a buffer put into the file, and the buffer freed."""
         shard = self._shards[place.shard]
 
-        def carry() -> None:
+        def carry(cached: bool) -> None:
             try:
                 with memoryview(buffer) as whole, whole[first:end] as content:
-                    shard.file.write(content, origin + first)
+                    shard.file.write(content, origin + first, cached=cached)
             finally:
                 self._staging.give(buffer)
 
+        under_way = self._staging.carry(carry, end - first)
         with shard.lock:
             for write in [write for write in shard.writes if write.done()]:
                 shard.writes.remove(write)
                 write.result()
-            shard.writes.append(self._staging.submit(carry))
+            if under_way is not None:
+                shard.writes.append(under_way)
 
     def _complete(self, name: str) -> None:
-        """Note that a tensor is under way to the disk as a whole; the last one of a file finishes the file."""
+        """Note that a tensor is under way to its file as a whole; the last one of a file finishes the file."""
         number = self._places[name].shard
         shard = self._shards[number]
         with shard.lock:
@@ -246,7 +253,7 @@ class CheckpointWriter:
         shard = self._shards[number]
         for write in list(shard.writes):
             write.result()  # submitted earlier, so running or done: this wait ends
-        shard.file.finish()
+        shard.file.finish(flush=self._flush)
         if self._on_finished is not None:
             self._on_finished(self.files[number], self._names[number])
 
@@ -298,7 +305,7 @@ class TensorStream:
         self._hash_filled()
         if self._buffer is None:
             self._start(self._place.offset)
-        if self._filled + nbytes > self._staging.buffer_bytes:
+        if self._filled >= BLOCK_BYTES and self._filled + nbytes > self._staging.piece_bytes:
             self._flush()
         start = self._filled
         self._filled += nbytes

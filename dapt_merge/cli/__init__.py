@@ -78,7 +78,7 @@ def main() -> None:
 
     try:
         # A command that is named needs no other's module; for anything else all are there, to be listed or suggested.
-        build_app([name for name in _COMMANDS if name in sys.argv[1:2]] or _COMMANDS)()
+        _run([name for name in _COMMANDS if name in sys.argv[1:2]] or _COMMANDS)
     except DaptMergeError as error:
         _print_error(error)
         sys.exit(error.exit_code)
@@ -89,6 +89,30 @@ def main() -> None:
         # The reader (head, less) has gone: that is no fault of the run, and Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _run(names: Sequence[str]) -> None:
+    try:
+        build_app(names)()
+    except SystemExit as ending:
+        if ending.code or names != ["merge"]:
+            raise
+        _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """End the process without taking apart what dies with it, where nothing is still to be done."""
+    import atexit
+    import os
+    import threading
+
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        return  # Python waits for them
+    sys.stdout.flush()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _print_error(error: Exception) -> None:

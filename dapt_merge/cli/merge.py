@@ -42,6 +42,12 @@ def merge(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace OUT if it exists."),
     threads: int = typer.Option(None, min=1, help="Tensors merged at once.", show_default="the CPUs there are"),
     device: str = typer.Option("cpu", help="Where to compute: cpu, or cuda (the processor where there is none)."),
+    flush: bool = typer.Option(
+        False,
+        "--flush/--no-flush",
+        help="Wait until the disk has everything. Without, the kernel writes the rest within half a minute, as after "
+        "cp: only a power cut in that time can take the output away. One that replaces another is waited for.",
+    ),
     verify: Path = typer.Option(
         None,
         metavar="OUT",
@@ -98,6 +104,7 @@ def merge(
                 threads=threads,
                 measure_copy=True,
                 device=device,
+                flush=flush,
                 on_warnings=tell,
                 on_progress=on_progress,
             )
@@ -117,6 +124,7 @@ def _uncollected() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # or the first search to come would go through all that the libraries made
         gc.enable()
 
 

@@ -100,10 +100,17 @@ class LazyMerge(Mapping[str, Tensor]):
         threads: int | None = None,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         on_progress: Callable[[int, int], None] | None = None,
+        flush: bool = False,
     ) -> MergeReport:
         """Stream the merge into a Hugging Face folder; see `merge_to_disk`."""
         self._report = merge_to_disk(
-            self.plan, out, overwrite=overwrite, threads=threads, shard_bytes=shard_bytes, on_progress=on_progress
+            self.plan,
+            out,
+            overwrite=overwrite,
+            threads=threads,
+            shard_bytes=shard_bytes,
+            on_progress=on_progress,
+            flush=flush,
         )
         return self._report
 

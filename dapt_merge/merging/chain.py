@@ -31,6 +31,7 @@ def merge_chain(
     threads: int | None = None,
     measure_copy: bool = False,
     device: str = "cpu",
+    flush: bool = False,
     on_warnings: Callable[[Iterable[str], str | None], None] = lambda warnings, name: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -42,7 +43,7 @@ def merge_chain(
             outputs among the inputs, by content, and how they were made.
         engine: whose code merges: ours, or mergekit's (see `mergekit_engine`), which tells no progress.
         overwrite: replace an existing output, once the new one is complete.
-        threads, measure_copy, device: see `merge_to_disk`.
+        threads, measure_copy, device, flush: see `merge_to_disk`; outputs on the way are never waited for.
         on_warnings: called with (warnings, recipe's name) before and after each merge.
         on_progress: called with (elements merged, elements in all) of the recipe at work.
 
@@ -75,6 +76,7 @@ def merge_chain(
                     threads=threads,
                     measure_copy=measure_copy,
                     device=device,
+                    flush=flush and is_last,
                     on_progress=on_progress,
                     **kept,
                 )

@@ -2,7 +2,8 @@
 
 The idea: a fiftieth of what the merge will read and write is read from the same inputs and written beside the same
 output, in as many threads and through the same buffers, without any arithmetic, and the time is scaled up. So caches,
-disks and neighbours count as they are now, and the sample costs a fiftieth of a copy.
+disks and neighbours count as they are now, and the sample costs a fiftieth of a copy. A sample counts for a day
+(`rates`): the next merges from as many inputs with as many threads to the same disk are held against it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dapt_merge.checkpoints.page_cache import page_cache_room
 from dapt_merge.checkpoints.staging import OutputFile, Staging
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.merging.plan import MergePlan
+from dapt_merge.merging.rates import recalled_copying, remember_copying, waiting
+from dapt_merge.merging.report import bytes_read
 
 _SHARE = 50
 _SMALLEST_SAMPLE_BYTES = 48 * 2**20
@@ -25,30 +29,41 @@ _LARGEST_SAMPLE_BYTES = 256 * 2**20
 _WORTH_A_SAMPLE_BYTES = 200 * 10**6
 
 
-def copy_seconds(plan: MergePlan, folder: Path, threads: int) -> float | None:
+def copy_seconds(plan: MergePlan, folder: Path, threads: int, *, flush: bool = False) -> float | None:
     """Estimate how long reading all inputs of a plan and writing as much as its output takes, without arithmetic.
 
     Args:
         plan: what will be merged.
         folder: where the output will be written; a file is made there and removed.
         threads: how many will merge.
+        flush: whether the disk will be waited for.
 
     Returns:
-        Seconds; None where inputs are computed when they are read, or the output is too small for a sample to tell.
+        Seconds, by a sample of now or of the last day; None where inputs are computed when they are read, or the output
+        is too small for a sample to tell.
     """
     if plan.nbytes < _WORTH_A_SAMPLE_BYTES or not all(c.files for c in plan.checkpoints.values()):
         return None
-    sample = min(max(plan.nbytes // _SHARE, _SMALLEST_SAMPLE_BYTES), _LARGEST_SAMPLE_BYTES)
-    found = copy_seconds_per_byte(plan, folder, threads, sample)
-    return None if found is None else found * plan.nbytes
+    read_for_each = sum(bytes_read(plan, job) for job in plan.jobs) / plan.nbytes
+    kind = f"{read_for_each:.1f} to 1, device {folder.stat().st_dev}, {threads} threads, {waiting(flush)}"
+    found = recalled_copying(kind)
+    if found is None:
+        sample = min(max(plan.nbytes // _SHARE, _SMALLEST_SAMPLE_BYTES), _LARGEST_SAMPLE_BYTES)
+        found = copy_seconds_per_byte(plan, folder, threads, sample, flush=flush)
+        if found is None:
+            return None
+        remember_copying(kind, found)
+    return found * plan.nbytes
 
 
-def copy_seconds_per_byte(plan: MergePlan, folder: Path, threads: int, sample: int) -> float | None:
+def copy_seconds_per_byte(
+    plan: MergePlan, folder: Path, threads: int, sample: int, *, flush: bool = False
+) -> float | None:
     """Return the seconds that each byte of the output takes to be copied, from a sample of so many bytes.
 
     Arguments as for `copy_seconds`. None when no tensor is large enough to take a sample from.
     """
-    staging = Staging(threads)
+    staging = Staging(threads, cached_bytes=0 if flush else page_cache_room())
     pieces = list(_pieces(plan, staging.buffer_bytes, sample))
     if not pieces:
         return None
@@ -63,8 +78,9 @@ def copy_seconds_per_byte(plan: MergePlan, folder: Path, threads: int, sample: i
             threads=threads,
         )
         for write in writes:
-            write.result()
-        file.finish()
+            if write is not None:
+                write.result()
+        file.finish(flush=flush)
     finally:
         staging.close()
         file.close()
@@ -86,7 +102,7 @@ def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[Ten
             yield [content[part] for content, part in zip(inputs, parts, strict=True)]
 
 
-def _copy(inputs: list[Tensor], number: int, file: OutputFile, staging: Staging) -> Future[None]:
+def _copy(inputs: list[Tensor], number: int, file: OutputFile, staging: Staging) -> Future[None] | None:
     buffer = staging.take()
     size = staging.buffer_bytes
     view = memoryview(buffer)
@@ -95,10 +111,10 @@ def _copy(inputs: list[Tensor], number: int, file: OutputFile, staging: Staging)
         for part in content.split(size):
             whole[: len(part)] = part  # torch lets other threads copy meanwhile
 
-    def carry() -> None:
+    def carry(cached: bool) -> None:
         try:
-            file.write(view, number * size)
+            file.write(view, number * size, cached=cached)
         finally:
             staging.give(buffer)
 
-    return staging.submit(carry)
+    return staging.carry(carry, size)

@@ -61,7 +61,8 @@ class MergeReport:
         warnings: sentences for the user.
         bytes_read, bytes_written: sizes of the tensors read and produced.
         seconds: wall time of reading, merging and writing.
-        copy_seconds: what copying the same bytes would have taken there, from a sample (`copying`); None: not measured.
+        copy_seconds: what copying the same bytes would have taken there, by a sample of that day (`copying`); None: not
+            measured.
         resumed_tensors: how many of the tensors an interrupted run of the same merge had written.
         versions: package → version.
         tokens: where embeddings were aligned: reference → how many of its tokens moved, are dropped, or came to it.

@@ -1,9 +1,10 @@
 """What a killed merge has finished, so that the same command goes on from there.
 
 The idea: a merge's partial folder is named after everything that its bytes depend on, and a journal in it lists the
-weight files that are whole on the disk, with what the report needs of their tensors. Another recipe, another input or a
-changed one gives another name, so nothing stale can be taken over. What this module does not know: how files are
-written, and how a tensor is merged.
+weight files that are whole, with what the report needs of their tensors. Another recipe, another input or a changed one
+gives another name, so nothing stale can be taken over. A file that nobody has waited for is whole only until the power
+is cut, so its line names the boot of the machine, and counts in that boot alone. What this module does not know: how
+files are written, and how a tensor is merged.
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ from dapt_merge.merging.tensor import RoundingLoss
 from dapt_merge.merging.unchanged import identity
 
 JOURNAL_FILE = ".finished.jsonl"
+_BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str | None:
+    """Return what tells this boot of the machine from every other; None where the system does not say."""
+    try:
+        return _BOOT_FILE.read_text(encoding="ascii").strip() or None
+    except OSError:
+        return None
 
 
 def resume_key(plan: MergePlan, shard_bytes: int, device: torch.device | None) -> str | None:
@@ -79,6 +89,8 @@ class Journal:
         outcomes: dict[str, TensorOutcome] = {}
         for entry in _entries(path):
             weights = folder / entry["file"]
+            if entry.get("boot") not in (None, boot_id()):
+                continue  # the disk may not have got what the page cache held
             if not weights.is_file() or weights.stat().st_size != entry["nbytes"]:
                 continue
             files.append(entry["file"])
@@ -88,17 +100,19 @@ class Journal:
                     plan.checkpoints[label].remember_digest(stored, bytes.fromhex(digest))
         return cls(path, tuple(files), outcomes)
 
-    def add(self, file: Path, outcomes: Iterable[TensorOutcome], plan: MergePlan) -> None:
-        """Note that a file is whole on the disk."""
+    def add(self, file: Path, outcomes: Iterable[TensorOutcome], plan: MergePlan, *, flushed: bool = True) -> None:
+        """Note that a file is whole: on the disk, or, if not flushed, as long as the machine stays up."""
         entry = {
             "file": file.name,
+            "boot": None if flushed else boot_id(),
             "nbytes": file.stat().st_size,
             "tensors": {outcome.job.name: _row(outcome, plan) for outcome in outcomes},
         }
         with self._lock, open(self.path, "ab") as journal:
             journal.write(json.dumps(entry).encode() + b"\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+            if flushed:
+                journal.flush()
+                os.fsync(journal.fileno())
 
     def remove(self) -> None:
         """Remove the journal: the output is complete."""
@@ -106,13 +120,26 @@ class Journal:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """Return the journal's lines; the last is cut away where a kill cut it short: its file is made again."""
+    """Return the journal's lines; from one on that a kill or a power cut has spoilt they are cut away.
+
+    The files that those name are made again.
+    """
     if not path.is_file():
         return []
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        path.write_bytes(whole + b"\n" if whole else b"")
-    return [json.loads(line) for line in whole.splitlines()]
+    content = path.read_bytes()
+    entries, whole = [], 0
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+        whole += len(line)
+    if whole < len(content):
+        path.write_bytes(content[:whole])
+    return entries
 
 
 def _row(outcome: TensorOutcome, plan: MergePlan) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 Memory holds the runs in flight and nothing else, so the size of the model does not matter. The output appears under
 its name only when it is complete, and carries its recipe and its report. The mathematics is in `tensor`.
+
+Complete means that every process reads it whole. Whether the disk has it as well is a matter of `flush`: by default
+the kernel writes what is left when the merge is done, as after `cp` or safetensors' own `save_file`.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +34,7 @@ from dapt_merge.merging.device import Ferry, available_device, brought_by
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import remember
 from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report, write_report
-from dapt_merge.merging.resume import Journal, resume_key
+from dapt_merge.merging.resume import Journal, boot_id, resume_key
 from dapt_merge.merging.tensor import Place, RoundingLoss, merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
 from dapt_merge.merging.unchanged import Unchanged
@@ -51,6 +55,7 @@ def merge_to_disk(
     placed_at: Path | None = None,
     measure_copy: bool = False,
     device: str = "cpu",
+    flush: bool = False,
 ) -> MergeReport:
     """Carry out a plan and write the merged checkpoint: weights, configuration, tokenizer, recipe and report.
 
@@ -66,6 +71,8 @@ def merge_to_disk(
         placed_at: where the folder will lie in the end, if not at `out`.
         measure_copy: find out from a sample what copying the same bytes would take, and report it.
         device: where to compute: cpu, or cuda, which falls back to the processor with a warning.
+        flush: wait until the disk has everything, so that even a power cut cannot take it away. An output that replaces
+            another is waited for in any case, and so is one on a system that does not tell its boots apart.
 
     Raises:
         InputError: `out` exists, is one of the inputs, or cannot be written (full disk included); an input holds NaN.
@@ -78,11 +85,13 @@ def merge_to_disk(
         plan = replace(plan, warnings=(*plan.warnings, fallback))
     plan = settle_cutoffs(plan)
     threads = threads or default_threads()
-    with atomic_folder(out, overwrite=overwrite, key=resume_key(plan, shard_bytes, computing)) as folder:
-        floor = copy_seconds(plan, folder, threads) if measure_copy else None
+    flush = flush or os.path.lexists(out) or boot_id() is None
+    key = resume_key(plan, shard_bytes, computing)
+    with atomic_folder(out, overwrite=overwrite, key=key, flush=flush) as folder:
+        floor = copy_seconds(plan, folder, threads, flush=flush) if measure_copy else None
         started = time.monotonic()
         journal = Journal.read(folder, plan)
-        outcomes = _write_weights(plan, folder, journal, threads, shard_bytes, on_progress, computing)
+        outcomes = _write_weights(plan, folder, journal, threads, shard_bytes, on_progress, computing, flush)
         journal.remove()
         write_companions(plan, folder)
         report = build_report(
@@ -99,7 +108,7 @@ def merge_to_disk(
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")
     if not report.resumed_tensors:
-        remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - started)
+        remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - started, flush=flush)
     return report
 
 
@@ -120,6 +129,7 @@ def _write_weights(
     shard_bytes: int,
     on_progress: Callable[[int, int], None] | None,
     device: torch.device | None,
+    flush: bool,
 ) -> list[TensorOutcome]:
     """Merge and write every tensor that is not in a finished file; the outcomes are in the plan's order."""
     outcomes = dict(journal.outcomes)
@@ -128,7 +138,7 @@ def _write_weights(
     merged_on_device = None if device is None else _on_device(plan, device)
 
     def note(file: str, names: tuple[str, ...]) -> None:
-        journal.add(folder / file, [outcomes[name] for name in names], plan)
+        journal.add(folder / file, [outcomes[name] for name in names], plan, flushed=flush)
 
     def work(job: TensorJob) -> None:
         inputs.check()
@@ -150,6 +160,7 @@ def _write_weights(
         threads=threads,
         finished_files=journal.files,
         on_finished=note,
+        flush=flush,
     )
     with writer:
         map_in_threads(
