@@ -1,9 +1,10 @@
 """What copying the same bytes would take here: the floor that a merge is held against, from a small sample.
 
-The idea: a fiftieth of what the merge will read and write is read from the same inputs and written beside the same
+The idea: a sixteenth of what the merge will read and write is read from the same inputs and written beside the same
 output, in as many threads and through the same buffers, without any arithmetic, and the time is scaled up. So caches,
-disks and neighbours count as they are now, and the sample costs a fiftieth of a copy. A sample counts for a day
-(`rates`): the next merges from as many inputs with as many threads to the same disk are held against it.
+disks and neighbours count as they are now. A sample counts for a day (`rates`): the next merges from as many inputs
+with as many threads to the same disk are held against it, and one that is faster puts it right, since a merge does more
+than copying.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dapt_merge.merging.plan import MergePlan
 from dapt_merge.merging.rates import recalled_copying, remember_copying, waiting
 from dapt_merge.merging.report import bytes_read
 
-_SHARE = 50
+_SHARE = 16
 _SMALLEST_SAMPLE_BYTES = 48 * 2**20
 _LARGEST_SAMPLE_BYTES = 256 * 2**20
 _WORTH_A_SAMPLE_BYTES = 200 * 10**6
@@ -44,8 +45,7 @@ def copy_seconds(plan: MergePlan, folder: Path, threads: int, *, flush: bool = F
     """
     if plan.nbytes < _WORTH_A_SAMPLE_BYTES or not all(c.files for c in plan.checkpoints.values()):
         return None
-    read_for_each = sum(bytes_read(plan, job) for job in plan.jobs) / plan.nbytes
-    kind = f"{read_for_each:.1f} to 1, device {folder.stat().st_dev}, {threads} threads, {waiting(flush)}"
+    kind = _kind(plan, folder, threads, flush)
     found = recalled_copying(kind)
     if found is None:
         sample = min(max(plan.nbytes // _SHARE, _SMALLEST_SAMPLE_BYTES), _LARGEST_SAMPLE_BYTES)
@@ -54,6 +54,19 @@ def copy_seconds(plan: MergePlan, folder: Path, threads: int, *, flush: bool = F
             return None
         remember_copying(kind, found)
     return found * plan.nbytes
+
+
+def merged_in(seconds: float, plan: MergePlan, folder: Path, threads: int, *, flush: bool = False) -> None:
+    """Take the time of a merge for that of copying the same bytes, where it is less than what a sample said."""
+    kind = _kind(plan, folder, threads, flush)
+    sampled = recalled_copying(kind)
+    if sampled is not None and seconds < sampled * plan.nbytes:
+        remember_copying(kind, seconds / plan.nbytes)
+
+
+def _kind(plan: MergePlan, folder: Path, threads: int, flush: bool) -> str:
+    read_for_each = sum(bytes_read(plan, job) for job in plan.jobs) / plan.nbytes
+    return f"{read_for_each:.1f} to 1, device {folder.stat().st_dev}, {threads} threads, {waiting(flush)}"
 
 
 def copy_seconds_per_byte(
@@ -67,6 +80,9 @@ def copy_seconds_per_byte(
     pieces = list(_pieces(plan, staging.buffer_bytes, sample))
     if not pieces:
         return None
+    for buffer in [staging.take() for _ in range(2 * threads)]:
+        buffer[:] = bytes(len(buffer))  # memory that is there, as after the first moments of a merge
+        staging.give(buffer)
     path = folder / ".copy-sample"
     file = OutputFile(path, len(pieces) * staging.buffer_bytes)
     started = time.perf_counter()

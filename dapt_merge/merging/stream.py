@@ -29,7 +29,7 @@ from dapt_merge.checkpoints.tokenizer_files import write_tokenizer
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from dapt_merge.errors import InputError
 from dapt_merge.merging.card import CARD_FILE, model_card
-from dapt_merge.merging.copying import copy_seconds
+from dapt_merge.merging.copying import copy_seconds, merged_in
 from dapt_merge.merging.device import Ferry, available_device, brought_by
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import remember
@@ -108,6 +108,8 @@ def merge_to_disk(
         write_report(report, folder)
         (folder / CARD_FILE).write_text(model_card(report, plan.checkpoints), encoding="utf-8")
     if not report.resumed_tensors:
+        if floor is not None:
+            merged_in(report.seconds, plan, Path(out), threads, flush=flush)
         remember(plan, threads, report.bytes_read + report.bytes_written, time.monotonic() - started, flush=flush)
     return report
 

@@ -13,7 +13,7 @@ from dapt_merge import merge
 from dapt_merge.checkpoints import staging
 from dapt_merge.errors import InputError
 from dapt_merge.merging import rates, resume, stream
-from dapt_merge.merging.copying import copy_seconds
+from dapt_merge.merging.copying import copy_seconds, merged_in
 from dapt_merge.merging.resume import JOURNAL_FILE
 
 SHARD_BYTES = 100_000
@@ -161,6 +161,11 @@ def test_the_speed_of_copying_is_sampled_once_a_day_for_each_way_of_writing(lazy
     copy_seconds(lazy.plan, tmp_path, 2, flush=True)
     assert sampled == [False, True]
     copy_seconds(lazy.plan, tmp_path, 1)
+    assert sampled == [False, True, False]
+    merged_in(1e-10 * lazy.plan.nbytes, lazy.plan, tmp_path, 2)
+    merged_in(1e-8 * lazy.plan.nbytes, lazy.plan, tmp_path, 1)
+    assert copy_seconds(lazy.plan, tmp_path, 2) == pytest.approx(1e-10 * lazy.plan.nbytes), "a merge was faster"
+    assert copy_seconds(lazy.plan, tmp_path, 1) == pytest.approx(1e-9 * lazy.plan.nbytes), "a slower one tells nothing"
     assert sampled == [False, True, False]
     monkeypatch.setattr(rates, "_DAY_SECONDS", 0)
     copy_seconds(lazy.plan, tmp_path, 2)
