@@ -1,10 +1,10 @@
 """Attention document by document, where a row holds several of them.
 
 A packed row's mask hides most of what attention would look at: ten documents of fifty tokens need a tenth of the
-products that five hundred tokens in a row do. torch's attention on a CPU computes all of them and throws them away; here
-each document is attended to by itself. It computes in float32, which on a CPU is faster than bfloat16 at this size, and
-no less exact. Which tokens belong together is read off the mask that transformers made, so any other mask (a sliding
-window, padding) is left to transformers; so are accelerators, whose kernels want one large call.
+products that five hundred tokens in a row do. torch's attention on a CPU computes all of them and throws most away;
+here each document is attended to by itself. It computes in float32, which at this size is faster on a CPU than
+bfloat16, and no less exact. Which tokens belong together is read off the mask that transformers made, so any other mask
+(a sliding window, padding) is left to transformers; so are accelerators, whose kernels want one large call.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def by_document(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], s
     Returns:
         [rows, tokens, heads, width] in the query's dtype.
     """
-    rows, heads, tokens, width = query.shape
+    rows, heads, tokens, _ = query.shape
+    grouped = key.shape[1] != heads
     # Split in one go: a slice for each document would cost a whole tensor of zeros for its gradient.
-    documents = zip(*(_by_token(part).split(lengths) for part in (query, key, value)), strict=True)
+    queries, keys, values = (_by_token(part).split(lengths) for part in (query, key, value))
     attended = []
     with torch.autocast(query.device.type, enabled=False):
-        for parts in documents:
-            batch = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-            heads_apart = key.shape[1] != heads
-            found = scaled_dot_product_attention(*batch, is_causal=True, scale=scale, enable_gqa=heads_apart)
+        for parts in zip(queries, keys, values, strict=True):
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+            found = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
             attended.append(found[0].transpose(0, 1))
     return torch.cat(attended).view(rows, tokens, heads, -1).to(value.dtype)
 

@@ -45,7 +45,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden)
         # A head that is frozen (an adapter is trained) needs no gradient, which is half of the work here.
         trained = ctx.needs_input_grad[1]
-        weight_gradient = torch.zeros(weight.shape if trained else (), dtype=torch.float32, device=weight.device)
+        weight_gradient = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
@@ -54,15 +54,22 @@ class _HeadLoss(torch.autograd.Function):
             total += _turn_into_gradient(table, targets[part], count)
             hidden_gradient[part] = table @ matrix
             if trained:
-                weight_gradient.add_(table.T @ inputs)
+                weight_gradient = _added(weight_gradient, table.T @ inputs, last=part.stop >= len(hidden))
         ctx.trained = trained
-        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * upstream[0], weight_gradient * upstream[0] if ctx.trained else None, None, None
+
+
+def _added(sum_so_far: Tensor | None, part: Tensor, *, last: bool) -> Tensor:
+    """Return a sum in float32; where there is but one part, the part itself, which is the largest thing held here."""
+    if sum_so_far is None:
+        return part if last else part.float()
+    return sum_so_far.add_(part)
 
 
 def _turn_into_gradient(table: Tensor, targets: Tensor, count: Tensor | int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from dapt_merge.checkpoints import Checkpoint, open_checkpoint
+from dapt_merge.checkpoints import open_checkpoint
 from dapt_merge.errors import DaptMergeError
 from dapt_merge.pretraining.adapter import write_merged
 from dapt_merge.pretraining.config import PretrainConfig
@@ -65,7 +65,6 @@ class RunRecorder(TrainerCallback):
         run: the folder.
         config: of the run.
         timetable: what happens when.
-        base: the base checkpoint, which the distance of the weights is measured from.
         tokenizer: saved beside the weights.
         tokens_by_role: steps → tokens of each role.
         monitor: scores held-out texts, or None.
@@ -86,7 +85,6 @@ class RunRecorder(TrainerCallback):
         config: PretrainConfig,
         timetable: Timetable,
         *,
-        base: Checkpoint,
         tokenizer: Any,
         tokens_by_role: Callable[[int], Mapping[str, int]],
         monitor: HeldOutMonitor | None,
@@ -97,7 +95,7 @@ class RunRecorder(TrainerCallback):
         note: Callable[[str], None],
     ) -> None:
         self._run, self._config, self._timetable = run, config, timetable
-        self._base, self._tokenizer, self._tokens_by_role = base, tokenizer, tokens_by_role
+        self._tokenizer, self._tokens_by_role = tokenizer, tokens_by_role
         self._monitor, self._details, self._deadline = monitor, details, deadline
         self._on_progress, self._on_log, self._note = on_progress, on_log, note
         self._measurements: list[Measurement] = []
@@ -276,7 +274,8 @@ class RunRecorder(TrainerCallback):
             else:
                 write_weights(model, folder, masters=self._masters, state=state)
             self._tokenizer.save_pretrained(folder)
-            moved = movement(self._base, open_checkpoint(folder))
+            # Both are closed again at once: pages of the base that stay mapped are memory that training lacks.
+            moved = movement(open_checkpoint(self._config.base), open_checkpoint(folder))
             details = {**self._figures(line), **moved, **self._details}
             text = json.dumps(details, indent=2, ensure_ascii=False, default=str)
             (folder / DETAILS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -113,9 +113,12 @@ def _identity(config: PretrainConfig, inputs: _Inputs) -> dict[str, Any]:
     from dapt_merge.corpus import corpus_fingerprint
 
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _NOT_IDENTITY}
+    from dapt_merge.checkpoints import open_checkpoint
+
     return {
         **settings,
-        "base": inputs.base.fingerprint(),
+        # Opened anew: a checkpoint keeps what was read of it in the address space, and training needs the memory.
+        "base": open_checkpoint(config.base).fingerprint(),
         # The tokenizer is part of it, and so is the number of rows, which whole steps round up.
         "corpus": corpus_fingerprint(config.corpus_config(), inputs.tokenizer, rows_multiple=config.batch_sequences),
         "precision": inputs.precision,
@@ -320,7 +323,6 @@ def _fit(
         run,
         config,
         timetable,
-        base=inputs.base,
         tokenizer=inputs.tokenizer,
         tokens_by_role=lambda steps: corpus.tokens_by_role(steps * config.batch_sequences),
         monitor=monitor,
