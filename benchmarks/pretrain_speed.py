@@ -1,16 +1,19 @@
 """How fast DAPT is: ours, a plain Trainer over padded documents, a plain Trainer over concatenated blocks.
 
-    python benchmarks/pretrain_speed.py --demo DEMO              about six minutes on two quiet cores
-    python benchmarks/pretrain_speed.py --model M --corpus C.jsonl --seconds 20
+    python benchmarks/pretrain_speed.py --demo DEMO              about seven minutes on two quiet cores
+    python benchmarks/pretrain_speed.py --model M --corpus C.jsonl --rounds 1 --seconds 20
 
-DEMO is the folder that `dapt-merge demo` wrote. All three train the same model on the same documents with AdamW, with
-bfloat16 compute over float32 weights and about as many tokens in one optimizer step; each runs in a process of its own,
-one after another, until its time is up. Tokens that count are the documents' own: no padding, no separators, nothing
-that was cut off. The two plain scripts are what is commonly written: `bf16=True`, a tokenizer, a collator.
+DEMO is the folder that `dapt-merge demo` wrote; its pretrain.yaml names the base model, and --model overrides it. All
+three train the same model on the same documents with fused AdamW, with bfloat16 compute over float32 weights (or all in
+float32: --precision fp32), torch's attention, gradients clipped at 1 and about as many tokens in one optimizer step.
+They take turns, each in a process of its own until its time is up, for some rounds, with the documents in another order
+in each. Tokens that count are the documents' own: no padding, no separators, nothing that was cut off. The two plain
+scripts are what is commonly written: `bf16=True`, a tokenizer, a collator.
 
 The padded one pads to the longest document of a micro-batch, not to the maximum, and takes as many documents as hold a
-step's tokens: kinder than most. The first step of each is not timed. Memory is the highest resident set of the process
-(on a GPU: the most that torch allocated). Results: benchmarks/pretrain_speed/result.{json,md}.
+step's tokens: kinder than most. The first step of each is not timed. Speeds are over the rounds together, ratios are
+given round by round too. Memory is the highest resident set of the process (on a GPU: the most that torch allocated).
+Results: benchmarks/pretrain_speed/results.{json,md}.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ ARMS = {
     "packed": "plain Trainer, concatenated blocks",
     "padded": "plain Trainer, padded documents",
 }
+PRECISIONS = {"bf16": "bfloat16 compute over float32 weights", "fp32": "float32"}
 TARGETS = {"packed": 1.0, "padded": 2.0}
 RATE = 3e-4
 
@@ -49,19 +53,22 @@ class Clock:
     def __init__(self, seconds: float, counts: list[int]) -> None:
         self.seconds, self.counts = seconds, counts
         self.steps, self.began, self.elapsed = 0, 0.0, 0.0
+        self.processor_began = self.processor = 0.0
 
     def step(self) -> bool:
         """Note the end of a step; say whether the time is up."""
         self.steps += 1
         if self.steps == 1:
-            self.began = time.perf_counter()
+            self.began, self.processor_began = time.perf_counter(), time.process_time()
             return False
         self.elapsed = time.perf_counter() - self.began
+        self.processor = time.process_time() - self.processor_began
         return self.elapsed >= self.seconds or self.steps == len(self.counts)
 
     def result(self) -> dict[str, Any]:
         tokens = sum(self.counts[1 : self.steps])
-        return {"tokens": tokens, "seconds": self.elapsed, "steps": self.steps - 1}
+        times = {"seconds": self.elapsed, "processor_seconds": self.processor}
+        return {"tokens": tokens, **times, "steps": self.steps - 1}
 
 
 def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -83,8 +90,9 @@ def ours(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "tokens": steps * options.batch_tokens,
             "learning_rate": RATE,
             "checkpoints": 1,
-            "precision": "bf16-master",
+            "precision": "bf16-master" if options.precision == "bf16" else "fp32",
             "save_every_minutes": None,
+            "seed": options.seed,
         }
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -124,7 +132,7 @@ def plain(options: argparse.Namespace, scratch: Path, *, packed: bool) -> dict[s
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [json.loads(line)["text"] for line in options.corpus.read_text(encoding="utf-8").splitlines()]
     tokens = [[*ids, end] for ids in tokenizer(texts)["input_ids"]]
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(options.seed)).tolist()
     tokens = [tokens[index] for index in order]
     if packed:
         stream = [token for ids in tokens for token in ids]
@@ -155,7 +163,8 @@ def plain(options: argparse.Namespace, scratch: Path, *, packed: bool) -> dict[s
         gradient_accumulation_steps=accumulation,
         learning_rate=RATE,
         lr_scheduler_type="cosine",
-        bf16=True,
+        bf16=options.precision == "bf16",
+        optim="adamw_torch_fused",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",  # the order was drawn above, so that the tokens can be counted
@@ -208,17 +217,38 @@ def utilisation(options: argparse.Namespace, tokens_per_second: float) -> dict[s
     return {"mfu": tokens_per_second * flops_per_token(model, options.length) / peak}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run every arm in a process of its own."""
-    found = {}
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every arm in a process of its own, for some rounds, each starting with another arm; return the rounds."""
+    rounds = []
+    names = list(ARMS)
+    for number in range(options.rounds):
+        found = {}
+        for arm in names[number % len(names) :] + names[: number % len(names)]:
+            print(f"round {number + 1} of {options.rounds}, {arm}: {ARMS[arm]} …", flush=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--seed", str(number)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+            found[arm] = json.loads(line.removeprefix("RESULT "))
+            print(f"  {found[arm]['tokens_per_second']:,.1f} tokens that count a second", flush=True)
+        rounds.append(found)
+    return rounds
+
+
+def together(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each arm over all rounds: sums, the highest peak, and what ours is of it in every round."""
+    arms = {}
     for arm in ARMS:
-        print(f"{arm}: {ARMS[arm]} …", flush=True)
-        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-        found[arm] = json.loads(line.removeprefix("RESULT "))
-        print(f"  {found[arm]['tokens_per_second']:,.1f} tokens that count a second", flush=True)
-    return found
+        runs = [found[arm] for found in rounds]
+        total = {key: sum(run[key] for run in runs) for key in ("tokens", "seconds", "processor_seconds", "steps")}
+        total["tokens_per_second"] = total["tokens"] / total["seconds"]
+        total["tokens_per_processor_second"] = total["tokens"] / total["processor_seconds"]
+        total["peak_bytes"] = max(run["peak_bytes"] for run in runs)
+        for key in ("padding_share", "mfu"):
+            if key in runs[0]:
+                total[key] = sum(run[key] for run in runs) / len(runs)
+        total["ours_is"] = [found["ours"]["tokens_per_second"] / found[arm]["tokens_per_second"] for found in rounds]
+        arms[arm] = total
+    return arms
 
 
 def environment() -> dict[str, Any]:
@@ -243,43 +273,58 @@ def environment() -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    ours_speed = result["arms"]["ours"]["tokens_per_second"]
-    has_mfu = any("mfu" in arm for arm in result["arms"].values())
+    arms, settings = result["arms"], result["settings"]
+    has_mfu = any("mfu" in arm for arm in arms.values())
     lines = [
         "# Pre-training speed",
         "",
-        f"{result['model']}, {result['settings']['corpus']}, sequences of {result['settings']['length']}, "
-        f"{result['settings']['batch_tokens']} tokens a step. Tokens that count are the documents' own: no padding, no",
-        "separators. One run; `python benchmarks/pretrain_speed.py` says how it is measured.",
+        f"{result['model']}, {settings['corpus']}, sequences of {settings['length']}, {settings['batch_tokens']} tokens",
+        f"a step, {PRECISIONS[settings['precision']]} in all three; rounds: {settings['rounds']}.",
+        "Tokens that count are the documents' own: no padding, no separators.",
+        "`python benchmarks/pretrain_speed.py --help` says how it is measured.",
         "",
-        "| | tokens that count/s | ours is | target | padding | steps | peak memory |" + (" MFU |" if has_mfu else ""),
-        "|---|---|---|---|---|---|---|" + ("---|" if has_mfu else ""),
+        "| | tokens that count/s | ours is | round by round | target | padding | steps | peak memory |"
+        + (" MFU |" if has_mfu else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if has_mfu else ""),
     ]
-    for name, arm in result["arms"].items():
-        times = ours_speed / arm["tokens_per_second"]
+    for name, arm in arms.items():
+        times = arms["ours"]["tokens_per_second"] / arm["tokens_per_second"]
+        each = ", ".join(f"{ratio:.2f}" for ratio in arm["ours_is"])
         target = f"≥ {TARGETS[name]:g} ×" if name in TARGETS else ""
-        row = f"| {ARMS[name]} | {arm['tokens_per_second']:,.1f} | {times:.2f} × | {target} "
+        row = f"| {ARMS[name]} | {arm['tokens_per_second']:,.1f} | {times:.2f} × | {each} | {target} "
         row += f"| {100 * arm.get('padding_share', 0):.0f}% | {arm['steps']} | {arm['peak_bytes'] / 1e9:.2f} GB |"
         lines.append(row + (f" {100 * arm['mfu']:.1f}% |" if has_mfu else ""))
     machine = ", ".join(f"{key} {value}" for key, value in result["environment"].items() if value is not None)
-    return "\n".join([*lines, "", f"Measured with: {machine}.", ""])
+    processor = ", ".join(f"{name} {arm['tokens_per_processor_second']:.1f}" for name, arm in arms.items())
+    lines += ["", f"Tokens that count a processor second: {processor}.", f"Measured with: {machine}.", ""]
+    return "\n".join(lines)
+
+
+def base_of(demo: Path) -> Path:
+    """Return the base model that the demo's own run names."""
+    import yaml
+
+    return Path(yaml.safe_load((demo / "pretrain.yaml").read_text(encoding="utf-8"))["base"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="the demo's folder: base/ and corpora/domain-train.jsonl")
+    parser.add_argument("--demo", type=Path, help="the demo's folder")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--corpus", type=Path, help="a .jsonl file with a field 'text'")
-    parser.add_argument("--seconds", type=float, default=60, help="of training, for each arm")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=25, help="of training, for each arm in each round")
     parser.add_argument("--steps", type=int, default=200, help="at most")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--arm", choices=list(ARMS), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.demo is not None:
-        options.model = options.model or options.demo / "base"
+        options.model = options.model or base_of(options.demo)
         options.corpus = options.corpus or options.demo / "corpora" / "domain-train.jsonl"
     if options.model is None or options.corpus is None:
         parser.error("give --demo, or --model and --corpus")
@@ -288,16 +333,20 @@ def main() -> None:
     if options.arm:
         run_here(options)
         return
-    settings = {key: getattr(options, key) for key in ("seconds", "length", "batch_tokens", "micro_batch_tokens")}
+    kept = ("rounds", "seconds", "length", "batch_tokens", "micro_batch_tokens", "precision")
+    settings = {key: getattr(options, key) for key in kept}
+    before = environment()
+    rounds = measure(options)
     result = {
-        "environment": environment(),
+        "environment": before,
         "model": options.model.resolve().name if options.demo is None else "SmolLM2-135M",
         "settings": {**settings, "corpus": options.corpus.name},
-        "arms": measure(options),
+        "arms": together(rounds),
+        "rounds": rounds,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (options.out / "result.md").write_text(page(result), encoding="utf-8")
+    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (options.out / "results.md").write_text(page(result), encoding="utf-8")
     print(page(result))
 
 
