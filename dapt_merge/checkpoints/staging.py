@@ -6,9 +6,10 @@ does not fill whole blocks, at the borders between tensors, is kept and written 
 writes, ordinary ones are made.
 
 A disk can be slower than the threads. Where the caller does not wait for the disk anyway, a thread that has had to wait
-for a buffer writes its next pieces into the page cache itself, while they are in the processor's: as long as there is
-room, and as long as a byte costs less time than the disk would take. (Fresh memory can be dear: a virtual machine may
-have to ask its host for it.) What the bytes are, this module does not know.
+for a buffer writes the next pieces into the page cache itself, while they are in the processor's: a burst, in which the
+disk catches up, as long as there is room, and as long as a byte costs less time than the disk would take. (Fresh memory
+can be dear: a virtual machine may have to ask its host for it.) It is bursts, because both ways at once would wait for
+each other at the file's lock. What the bytes are, this module does not know.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _SMALLEST_BUFFER_BYTES = 4 * 2**20
 _ALL_BUFFERS_BYTES = 96 * 2**20
 # What goes into the page cache is still in the processor's own when it is copied.
 _CACHED_PIECE_BYTES = 2 * 2**20
-# Together, before the disk counts as the slower part.
+# How much goes there after a wait, and how long all waits together are let pass before that.
+_BURST_BYTES = 32 * 2**20
 _PATIENCE_SECONDS = 0.02
 # A byte in the page cache may take as much of a processor as a fast disk takes for it, judged by the first so many.
 _DEAREST_SECONDS_PER_BYTE = 0.7e-9
@@ -54,6 +56,7 @@ class Staging:
         self._pool = ThreadPoolExecutor(max(2, threads), thread_name_prefix="writing")
         self._lock = threading.Lock()
         self._cached_bytes = cached_bytes  # what is left of them
+        self._burst_bytes = 0  # likewise
         self._waited_seconds = 0.0
         self._caching = (0, 0.0)  # bytes, processor seconds
 
@@ -66,6 +69,8 @@ class Staging:
             free = self._free.get()
             with self._lock:
                 self._waited_seconds += time.monotonic() - started
+                if self._waited_seconds > _PATIENCE_SECONDS:
+                    self._burst_bytes = _BURST_BYTES
         return free or mmap.mmap(-1, self.buffer_bytes)
 
     @property
@@ -83,6 +88,7 @@ class Staging:
             cached = self._caches() and nbytes <= self._cached_bytes
             if cached:
                 self._cached_bytes -= nbytes
+                self._burst_bytes -= nbytes
         if not cached:
             return self._pool.submit(write, False)
         started = time.thread_time()
@@ -95,7 +101,7 @@ class Staging:
         return None
 
     def _caches(self) -> bool:
-        return self._cached_bytes > 0 and self._waited_seconds > _PATIENCE_SECONDS
+        return min(self._cached_bytes, self._burst_bytes) > 0
 
     def give(self, buffer: mmap.mmap) -> None:
         """Take a buffer back."""

@@ -13,8 +13,8 @@ BYTES = 300_000
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Let every wait for a buffer count as one for the disk."""
-    monkeypatch.setattr(staging, "_PATIENCE_SECONDS", -1.0)
+    """Write as if the disk had just been waited for, all the time."""
+    monkeypatch.setattr(staging.Staging, "_caches", lambda self: self._cached_bytes > 0)
 
 
 def written(folder, *, cached_bytes, monkeypatch, pieces=4096):
@@ -82,10 +82,14 @@ def test_a_thread_that_waited_for_the_disk_writes_its_next_pieces_itself():
     threading.Timer(2 * staging._PATIENCE_SECONDS, held.set).start()
     stage.take()
     ways = []
-    assert stage.carry(ways.append, 4096) is None
-    assert ways == [True]
     assert stage.piece_bytes < stage.buffer_bytes
-    carried[0].result()
+    assert stage.carry(ways.append, staging._BURST_BYTES) is None
+    assert ways == [True]
+    assert stage.piece_bytes == stage.buffer_bytes, "the disk has its turn again"
+    carried += [stage.carry(ways.append, 4096)]
+    for write in carried:
+        write.result()
+    assert ways == [True, False]
     stage.close()
 
 

@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_when_the_page_cache_is_written_is_explained_and_lea
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(staging, "_write_at", full)
-    monkeypatch.setattr(staging, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(staging.Staging, "_caches", lambda self: True)
     with pytest.raises(InputError, match="disk is full"):
         save(lazy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
