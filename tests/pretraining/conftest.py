@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ def tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_not_collected(base: Path) -> Iterator[None]:
+    """Every run ends with two full garbage collections, most of whose time would go to what was imported."""
+    import peft  # noqa: F401
+
+    import dapt_merge.pretraining.recorder  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
