@@ -278,8 +278,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Pre-training speed",
         "",
-        f"{result['model']}, {settings['corpus']}, sequences of {settings['length']}, {settings['batch_tokens']} tokens",
-        f"a step, {PRECISIONS[settings['precision']]} in all three; rounds: {settings['rounds']}.",
+        f"{result['model']}, {settings['corpus']}, {settings['batch_tokens']} tokens a step in sequences of",
+        f"{settings['length']}, {PRECISIONS[settings['precision']]} in all three; rounds: {settings['rounds']}.",
         "Tokens that count are the documents' own: no padding, no separators.",
         "`python benchmarks/pretrain_speed.py --help` says how it is measured.",
         "",
