@@ -70,7 +70,7 @@ def by_document(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], s
         scale: None is 1/√width.
 
     Returns:
-        [rows, tokens, heads, width] in the query's dtype.
+        [rows, tokens, heads, width] in the values' dtype.
     """
     rows, heads, tokens, _ = query.shape
     grouped = key.shape[1] != heads
