@@ -31,7 +31,7 @@ from dapt_merge.corpus.cleaned_file import (
 from dapt_merge.corpus.config import CorpusDocuments, CorpusSource
 from dapt_merge.corpus.contamination import ItemRuns, item_runs
 from dapt_merge.corpus.documents_report import contact_rows, documents_report
-from dapt_merge.corpus.filters import known_languages
+from dapt_merge.corpus.languages import known_languages
 from dapt_merge.corpus.reading import content_fingerprint
 from dapt_merge.corpus.thinning import Thinned, left_out, thin
 from dapt_merge.errors import InputError

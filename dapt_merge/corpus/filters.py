@@ -7,12 +7,11 @@ and the reader can doubt. No filter changes a text.
 from __future__ import annotations
 
 import re
-from functools import cache
-from typing import Any
 
 import numpy as np
 
 from dapt_merge.corpus.config import LanguageFilter, Quality
+from dapt_merge.corpus.languages import language_of
 from dapt_merge.corpus.shingles import runs_of
 
 _SYMBOL = re.compile(r"[^\w\s]")
@@ -68,7 +67,7 @@ def language_fault(text: str, language: str, bounds: LanguageFilter) -> str | No
     """Return `"language: xx"` when a text is, with the probability asked for, in another language than told."""
     if len(text) < bounds.minimum_characters:
         return None
-    found, probability = _identifier().classify(_excerpts(text))
+    found, probability = language_of(_excerpts(text))
     return f"language: {found}" if found != language and probability >= bounds.minimum_probability else None
 
 
@@ -78,16 +77,3 @@ def _excerpts(text: str) -> str:
         return text
     middle = (len(text) - size) // 2
     return f"{text[:size]} {text[middle : middle + size]} {text[-size:]}"
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
-@cache
-def known_languages() -> tuple[str, ...]:
-    """Return the languages that the filter can tell, sorted."""
-    return tuple(sorted(str(label) for label in _identifier().labels))

@@ -9,28 +9,17 @@ about it, is not known here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from dapt_merge.corpus.compiled import compiled
 
 _WORD = re.compile(r"\w+")
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _SPACE = 32
-
-
-def _compiled(function: Function) -> Function:
-    """Compile at the first call; keep the code beside this file or in the user's cache, else only in memory."""
-    try:
-        return numba.njit(function, cache=True, nogil=True)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder can be written to
-        return numba.njit(function, nogil=True)  # type: ignore[no-any-return]
 
 
 def shingles(text: str, ngram: int) -> np.ndarray:
@@ -61,7 +50,7 @@ def runs_of(words: str, ngram: int) -> np.ndarray:
     return _hash_runs(np.frombuffer(words.encode("utf-8", "replace"), dtype=np.uint8), ngram)
 
 
-@_compiled
+@compiled
 def _mixed(value: np.uint64) -> np.uint64:
     value ^= value >> np.uint64(33)
     value *= _MIX_1
@@ -70,7 +59,7 @@ def _mixed(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(33))
 
 
-@_compiled
+@compiled
 def _hash_runs(letters: np.ndarray, ngram: int) -> np.ndarray:
     words = np.empty(len(letters) // 2 + 1, dtype=np.uint64)
     count = 0
@@ -109,7 +98,7 @@ def signature(hashes: np.ndarray, count: int) -> np.ndarray:
     return _signature(hashes, *permutations(count))
 
 
-@_compiled
+@compiled
 def _signature(hashes: np.ndarray, multipliers: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     least = np.full(len(multipliers), 0xFFFFFFFF, dtype=np.uint32)
     for value in hashes:
@@ -137,7 +126,7 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return float(_jaccard(np.sort(one), np.sort(other)))
 
 
-@_compiled
+@compiled
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
     i = j = shared = union = 0
     while i < len(one) or j < len(other):
