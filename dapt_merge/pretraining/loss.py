@@ -134,14 +134,19 @@ def has_plain_head(model: Any) -> bool:
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: Any) -> bool:
-    """Say whether restarting `position_ids` keep a model's attention within documents, by trying it on eight tokens."""
+def keeps_documents_apart(model: Any, rows: int = 1) -> bool:
+    """Say whether restarting `position_ids` keep a model's attention within documents, by trying it on eight tokens.
+
+    Args:
+        model: a causal model.
+        rows: how many rows it is given at a time; flash attention keeps documents apart in one row alone.
+    """
     size = model.config.get_text_config().vocab_size
-    positions = torch.arange(4, device=model.device).repeat(2).unsqueeze(0)
-    first = torch.arange(8, device=model.device).unsqueeze(0) % size
+    positions = torch.arange(4, device=model.device).repeat(2).expand(rows, 8)
+    first = torch.arange(rows * 8, device=model.device).view(rows, 8) % size
     second = first.clone()
-    second[0, :4] = (first[0, :4] + size // 2) % size
+    second[:, :4] = (first[:, :4] + size // 2) % size
     one, other = (
-        model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:] for ids in (first, second)
+        model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:] for ids in (first, second)
     )
     return torch.equal(one, other)

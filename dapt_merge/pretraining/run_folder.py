@@ -75,7 +75,7 @@ class RunFolder:
             )
 
     def record(self) -> dict[str, Any] | None:
-        """Return what `run.json` holds, or None for a new run.
+        """Return what `run.json` holds, or None for a new run; another one that was refused before a step is no run.
 
         Raises:
             InputError: the file is damaged, or of another run; it names what differs.
@@ -89,13 +89,15 @@ class RunFolder:
             identity = record["identity"]
         except (ValueError, KeyError, TypeError):
             raise InputError("the record of the run is damaged", where=file, remedy=remedy) from None
-        if identity != self.identity:
+        if identity == self.identity:
+            return record  # type: ignore[no-any-return]
+        if self.log() or self.checkpoints():
             raise InputError(
                 f"the folder holds another run; it differs in {_difference(identity, self.identity)}",
                 where=self.path,
                 remedy=remedy,
             )
-        return record
+        return None
 
     def write_record(self, **content: Any) -> None:
         """Write `run.json`, whole or not at all."""

@@ -360,19 +360,14 @@ def _model_to_train(
 ) -> tuple[Any, Any]:
     """Return what is trained, and the causal model in it (the same, unless an adapter is around it)."""
     from dapt_merge.pretraining.attention import use_document_attention
-    from dapt_merge.pretraining.loss import has_plain_head, keeps_documents_apart, use_head_loss
+    from dapt_merge.pretraining.loss import has_plain_head, use_head_loss
 
     weights = None if resume is None else run.weights_of(resume)
     whole = _load_model(inputs.base.folder if weights is None or config.adapter is not None else weights)
     whole.use_cache_of_base = whole.config.use_cache
     if config.attention == "document":
         use_document_attention(whole)
-    if config.attention == "document" and not keeps_documents_apart(whole):
-        raise InputError(
-            "this model's attention cannot be kept within documents",
-            where=inputs.base.label,
-            remedy="Set attention: block.",
-        )
+        _refuse_mixed_documents(config, inputs.base, whole)
     if has_plain_head(whole):
         use_head_loss(whole)
     if config.adapter is None:
@@ -383,6 +378,20 @@ def _model_to_train(
         return load_adapter(whole, weights), whole
     base = config.base if not Path(config.base).expanduser().exists() else str(Path(config.base).expanduser().resolve())
     return add_adapter(whole, config.adapter, base=base, seed=seed), whole
+
+
+def _refuse_mixed_documents(config: PretrainConfig, base: Checkpoint, model: Any) -> None:
+    from dapt_merge.pretraining.loss import keeps_documents_apart
+    from dapt_merge.pretraining.trainer import micro_batches
+
+    if not keeps_documents_apart(model):
+        what, remedy = "this model's attention cannot be kept within documents", "Set attention: block."
+    elif micro_batches(config, process_count())[0] > 1 and not keeps_documents_apart(model, rows=2):
+        what = "this model's attention is kept within documents only for one sequence at a time"
+        remedy = f"Set micro_batch_tokens: {config.sequence_length}, or attention: block."
+    else:
+        return
+    raise InputError(what, where=base.label, remedy=remedy)
 
 
 def _trainer(

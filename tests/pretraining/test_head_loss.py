@@ -80,6 +80,21 @@ def test_an_attention_that_ignores_positions_is_found_out(tmp_path: Path) -> Non
     assert not keeps_documents_apart(masked)
 
 
+def test_an_attention_that_ignores_positions_in_more_than_one_row_is_found_out(base: Path) -> None:
+    model = load(base)
+    assert keeps_documents_apart(model, rows=2)
+    forward = model.forward
+
+    def of_one_row(input_ids: torch.Tensor, position_ids: torch.Tensor, **rest: Any) -> Any:
+        """As flash attention in transformers: documents are looked for in a batch of one row alone."""
+        known = {"position_ids": position_ids} if len(input_ids) == 1 else {}
+        return forward(input_ids=input_ids, **known, **rest)
+
+    model.forward = of_one_row
+    assert keeps_documents_apart(model)
+    assert not keeps_documents_apart(model, rows=2)
+
+
 def test_both_losses_of_a_model_agree(tmp_path: Path) -> None:
     model = load(make_base(tmp_path / "untied", tie_word_embeddings=False))
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(1))

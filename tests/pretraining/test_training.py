@@ -161,6 +161,19 @@ def test_a_tokenizer_of_another_model_is_refused(settings: dict[str, Any], tmp_p
         train({**settings, "base": str(small)})
 
 
+def test_a_model_that_mixes_documents_is_refused_with_what_it_can_do(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dapt_merge.pretraining.loss.keeps_documents_apart", lambda model, rows=1: rows == 1)
+    with pytest.raises(InputError, match="only for one sequence at a time") as caught:
+        train(settings)
+    assert str(caught.value.remedy).startswith("Set micro_batch_tokens: 32")
+    assert train(settings, "micro_batch_tokens=32", "checkpoints=1")
+    monkeypatch.setattr("dapt_merge.pretraining.loss.keeps_documents_apart", lambda model, rows=1: False)
+    with pytest.raises(InputError, match="cannot be kept within documents"):
+        train({**settings, "learning_rate": 2e-3}, overwrite=True)
+
+
 def test_divergence_ends_the_run_with_a_remedy(settings: dict[str, Any]) -> None:
     with pytest.raises(DaptMergeError, match="training diverged") as caught:
         train(settings, "learning_rate=1e30", "gradient_clip=1e30")
