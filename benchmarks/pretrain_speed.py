@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--corpus", type=Path, help="a .jsonl file with a field 'text'")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=25, help="of training, for each arm in each round")
+    parser.add_argument("--seconds", type=float, default=20, help="of training, for each arm in each round")
     parser.add_argument("--steps", type=int, default=200, help="at most")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=2048)
