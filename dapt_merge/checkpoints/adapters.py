@@ -6,8 +6,8 @@ it is read and never kept:
     W' = W + s·B·A          s = alpha / r, or alpha / √r (rsLoRA)                                   (arXiv 2106.09685)
     W' = m · (W + s·B·A) / ‖W + s·B·A‖   norms over each output's inputs, m the magnitude (DoRA)    (arXiv 2402.09353)
 
-The arithmetic is in float64, rounded once to float32, so that no kernel's order of summation shows. What this module
-does not know: recipes, and adapters of other kinds than LoRA, which it refuses.
+The arithmetic is in float64, rounded once to float32 (of a float64 base: not at all), so that no kernel's order of
+summation shows. What this module does not know: recipes, and adapters of other kinds than LoRA, which it refuses.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def is_adapter_folder(folder: Path) -> bool:
 def apply_adapter(base: Checkpoint, adapter: Adapter, label: str) -> Checkpoint:
     """Return the full model that a base and an adapter stand for; nothing is computed until a tensor is read.
 
-    Adapted tensors are float32; `TensorInfo.stored_dtype` keeps the dtype of the base.
+    Adapted tensors are float32, or float64 of a base that is; `TensorInfo.stored_dtype` keeps the dtype of the base.
 
     Raises:
         InputError: the adapter changes a tensor that the base does not have, or of another shape.
@@ -157,10 +157,11 @@ def _adapted(weight: Tensor, change: _Change, adapter: Adapter) -> Tensor:
         down, up = adapter.read(change.down), adapter.read(change.up)
         weight = adapted_weight(weight, down, up, change.scaling, magnitude, transposed=change.transposed)
     if change.bias is not None:
-        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).float()
+        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(_computed_in(weight.dtype))
     if change.rows is not None:
         rows = torch.tensor(change.row_indices)
-        weight = weight.float().index_copy(0, rows, adapter.read(change.rows).float())
+        wide = weight.to(_computed_in(weight.dtype))
+        weight = wide.index_copy(0, rows, adapter.read(change.rows).to(wide.dtype))
     return weight
 
 
@@ -173,7 +174,7 @@ def adapted_weight(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Return W + s·B·A in float32, or with a magnitude DoRA's rescaling of it.
+    """Return W + s·B·A in float32 (of a float64 W in float64), or with a magnitude DoRA's rescaling of it.
 
     Args:
         weight: W, out × in; with `transposed` in × out.
@@ -188,7 +189,7 @@ def adapted_weight(
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
-    result = torch.empty(weight.shape, dtype=torch.float32)
+    result = torch.empty(weight.shape, dtype=_computed_in(weight.dtype))
     source, target = (weight.T, result.T) if transposed else (weight, result)
     down_exact = down.double()
     step = max(1, _CHUNK_ELEMENTS // max(1, source.shape[1]))
@@ -199,6 +200,10 @@ def adapted_weight(
             moved *= (magnitude[run].double() / moved.norm(dim=1))[:, None]
         target[run] = moved
     return result
+
+
+def _computed_in(stored: torch.dtype) -> torch.dtype:
+    return torch.promote_types(stored, torch.float32)
 
 
 # --- which tensors an adapter changes ---------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ def _adapted_info(name: str, change: _Change, stored: TensorInfo | None, adapter
     assert source is not None
     kept_as = source.dtype if stored is None else stored.dtype
     computed = change.down is not None or change.bias is not None or change.rows is not None
-    dtype = torch.float32 if computed else source.dtype
+    dtype = _computed_in(source.dtype) if computed else source.dtype
     file = None if stored is not None and stored.file is None else adapter.folder / ADAPTER_WEIGHTS
     return TensorInfo(name, dtype, source.shape, math.prod(source.shape) * dtype.itemsize, file, kept_as)
 

@@ -28,9 +28,11 @@ OUTPUT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float64": torch.float64,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp64": torch.float64,
 }
 
 
@@ -38,7 +40,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     """Return the floating dtype that weights can be written in.
 
     Raises:
-        InputError: the name is none of float32, bfloat16, float16 and their short forms.
+        InputError: the name is none of float32, bfloat16, float16, float64 and their short forms.
 
     Example:
         >>> parse_dtype("bf16")
@@ -48,7 +50,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if text not in OUTPUT_DTYPES:
         raise InputError(
             f"unknown dtype '{text}'.{nearest(text, tuple(OUTPUT_DTYPES))}",
-            remedy="Use one of float32, bfloat16, float16.",
+            remedy="Use one of float32, bfloat16, float16, float64.",
         )
     return OUTPUT_DTYPES[text]
 

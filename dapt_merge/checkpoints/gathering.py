@@ -94,9 +94,9 @@ class AlignedCheckpoint(Checkpoint):
         )
 
     def _dtype(self, info: TensorInfo) -> torch.dtype:
-        """Return the narrowest dtype that holds every row as it is; means of several rows are float32."""
+        """Return the narrowest dtype that holds every row as it is; means of several rows are float32 at least."""
         donors = self._alignment.donors[self._alignment.places[self._label_of_own] < 0].unique().tolist()
-        dtype = torch.float32 if MEAN in donors else info.dtype
+        dtype = torch.promote_types(info.dtype, torch.float32) if MEAN in donors else info.dtype
         for donor in donors:
             other = self._donor(donor).tensors.get(info.name) if donor >= 0 else None
             dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
@@ -138,7 +138,7 @@ class AlignedCheckpoint(Checkpoint):
             places = torch.where(wanted, self._alignment.places[label][run], -1)
             has = places >= 0
             if bool(has.any()):
-                target[has] += checkpoint.read(name).movedim(axis, 0)[places[has]].float()
+                target[has] += checkpoint.read(name).movedim(axis, 0)[places[has]].to(target.dtype)
                 count += has
         target[wanted] /= count[wanted].reshape(-1, *([1] * (target.dim() - 1)))
 

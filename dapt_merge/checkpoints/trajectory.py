@@ -88,15 +88,15 @@ class AveragedCheckpoint(Checkpoint):
         last = self._members[-1][0].read(name)
         if not last.is_floating_point():
             return last
-        anchor = last.float()
+        anchor = last.to(self.tensors[name].dtype)
         moved = torch.zeros_like(anchor)
         for member, share in self._members[:-1]:
-            moved.add_(member.read(name).float().sub_(anchor).mul_(share))
+            moved.add_(torch.sub(member.read(name).to(anchor.dtype), anchor).mul_(share))
         return moved.add_(anchor)
 
 
 def _averaged(info: TensorInfo) -> TensorInfo:
-    dtype = torch.float32 if info.dtype.is_floating_point else info.dtype
+    dtype = torch.promote_types(info.dtype, torch.float32) if info.dtype.is_floating_point else info.dtype
     return TensorInfo(info.name, dtype, info.shape, info.elements * dtype.itemsize)
 
 

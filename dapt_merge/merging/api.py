@@ -54,7 +54,7 @@ def merge(
         method: linear, slerp, ties, …
         recipe: instead of the three above: a Recipe, the path of a recipe file, or a mapping of its keys.
         seed: of the random methods (default 0, or the recipe's).
-        out_dtype: float32, bfloat16 or float16 (default: the recipe's, else each tensor's dtype in the base).
+        out_dtype: float32, bfloat16, float16 or float64 (default: the recipe's, else each tensor's dtype in the base).
         parameters: the method's, for example `weight=0.6`; a list gives one value to each DAPT checkpoint.
 
     Raises:

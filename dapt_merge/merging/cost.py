@@ -24,6 +24,7 @@ from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import recalled
 from dapt_merge.merging.report import bytes_read
 from dapt_merge.merging.stream import merge_to_disk
+from dapt_merge.methods.pieces import arithmetic_dtype
 
 # Python, torch, numba and this package once a merge runs, measured as memory that is no file's.
 _PROGRAM_BYTES = 190 * 2**20
@@ -149,12 +150,15 @@ def _memory_bytes(plan: MergePlan, threads: int) -> int:
 
 
 def _bytes_per_element(plan: MergePlan, job: TensorJob) -> int:
-    """Nothing where a tensor goes through in runs; else its float32 value, and what a method of whole tensors holds."""
+    """Nothing where a tensor goes through in runs; else its value before rounding, and what a method of whole tensors holds."""
     method = job.parameters.method
+    dtypes = [plan.checkpoints[label].tensors[stored].dtype for label, stored in job.reads]
+    arithmetic = job.arithmetic or arithmetic_dtype(dtypes, job.out_dtype)
+    width = arithmetic.itemsize
     if method.elementwise:
-        return 4 if job.stochastic or job.target is not None else 0
-    widened = sum(plan.checkpoints[label].tensors[stored].dtype != torch.float32 for label, stored in job.reads)
-    return 4 + 4 * widened + 4 * len(job.reads)  # the last: what such a method holds while it works, roughly
+        return width if job.stochastic or job.target is not None else 0
+    widened = sum(dtype != arithmetic for dtype in dtypes)
+    return width * (1 + widened + len(dtypes))  # the last: what such a method holds while it works, roughly
 
 
 def _by_copying(plan: MergePlan, threads: int) -> float | None:

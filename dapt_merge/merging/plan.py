@@ -41,7 +41,8 @@ class TensorJob:
 
     `target` is the label of the checkpoint that the merged difference from the base is added to; None: the base itself.
     It calls the tensor what the base calls it.
-    `in_dtype` is what inputs are rounded to first (None: nothing), `stochastic` how the result is rounded.
+    `in_dtype` is what inputs are rounded to first (None: nothing), `arithmetic` what is computed in (None: that follows
+    from inputs and output, see `methods.pieces.arithmetic_dtype`), `stochastic` how the result is rounded.
 
     `base` and `models` are labels of the plan's checkpoints; `models` are θ₁…θₙ in the recipe's order. `stored` says
     what the tensor is called in the base (if any) and in each model, in that order; when it is empty, it is called
@@ -61,6 +62,7 @@ class TensorJob:
     stored: tuple[str, ...] = ()
     target: str | None = None
     in_dtype: torch.dtype | None = None
+    arithmetic: torch.dtype | None = None
     stochastic: bool = False
     layer: int | None = None
     num_layers: int | None = None
@@ -237,6 +239,7 @@ def _job(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor, c
         stored=tensor.stored if renamed else (),
         target=target,
         in_dtype=None if recipe.input_dtype is None else parse_dtype(recipe.input_dtype),
+        arithmetic=None if recipe.arithmetic is None else parse_dtype(recipe.arithmetic),
         stochastic=recipe.rounding == "stochastic",
         layer=layer,
         num_layers=num_layers,

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dapt_merge.merging.explanation import explain
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.tensor import MergedTensor, RoundingLoss
@@ -55,7 +57,7 @@ class MergeReport:
         fallbacks: how many of them a method merged in another way than its own (SLERP of near-parallel tensors); None
             when the engine does not tell.
         notes: tensor → what its method noted, for the tensors where it noted something.
-        updated_elements, lost_elements: elements that the merge moved in float32, and those that rounding to the
+        updated_elements, lost_elements: elements that the merge moved as computed, and those that rounding to the
             output dtype moved back; None when no tensor was rounded.
         lost_share: lost per updated element, or None.
         warnings: sentences for the user.
@@ -160,7 +162,7 @@ def build_report(
         updated_elements=loss.updated if measured else None,
         lost_elements=loss.lost if measured else None,
         lost_share=loss.share if measured else None,
-        warnings=(*plan.warnings, *_rounding_warnings(loss), *_statistics_warnings(plan, inputs)),
+        warnings=(*plan.warnings, *_rounding_warnings(plan, loss), *_statistics_warnings(plan, inputs)),
         bytes_read=sum(bytes_read(plan, outcome.job) for outcome in outcomes),
         bytes_written=sum(outcome.job.nbytes for outcome in outcomes),
         seconds=seconds,
@@ -213,10 +215,11 @@ def _statistics_warnings(plan: MergePlan, inputs: Mapping[str, str]) -> list[str
     ]
 
 
-def _rounding_warnings(loss: RoundingLoss) -> list[str]:
+def _rounding_warnings(plan: MergePlan, loss: RoundingLoss) -> list[str]:
     if loss.share <= _LOSS_WORTH_A_WARNING:
         return []
+    keeps = "float64" if any(job.out_dtype == torch.float32 for job in plan.jobs) else "float32"
     return [
         f"rounding to the output dtype lost {loss.share:.0%} of the updated elements (they fell back to the base's"
-        " value); out_dtype: float32 keeps them."
+        f" value); out_dtype: {keeps} keeps them."
     ]

@@ -184,15 +184,16 @@ class _Held:
         if job.base is None:
             return ()
         base, *models = job.reads
-        return tuple(self._memory(plan, base, model, job.in_dtype) for model in models)
+        return tuple(self._memory(plan, base, model, job) for model in models)
 
     def _memory(
-        self, plan: MergePlan, base: tuple[str, str], model: tuple[str, str], dtype: torch.dtype | None
+        self, plan: MergePlan, base: tuple[str, str], model: tuple[str, str], job: TensorJob
     ) -> dict[Hashable, Any]:
         states = _state(plan, *base), _state(plan, *model)
-        known = self._memories.get((base, model, dtype))
+        key = base, model, job.in_dtype, job.arithmetic
+        known = self._memories.get(key)
         if known is None or known[0] != states:
-            known = self._memories[base, model, dtype] = states, {}
+            known = self._memories[key] = states, {}
         return known[1]
 
 

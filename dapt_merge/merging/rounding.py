@@ -21,8 +21,8 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, seed: int, name: st
     """Round a tensor to a narrower dtype, without bias.
 
     Args:
-        values: floating point, any shape; computed on as float32.
-        dtype: bfloat16 or float16.
+        values: floating point, any shape; computed on as float32 at least.
+        dtype: bfloat16, float16 or float32.
         seed: the recipe's.
         name: the tensor's name.
 
@@ -38,12 +38,13 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, seed: int, name: st
     """
     rounded = torch.empty(values.shape, dtype=dtype)
     flat, out = values.reshape(-1), rounded.view(-1)
+    wide = torch.promote_types(values.dtype, torch.float32)
     for begin in range(0, values.numel(), _PIECE_ELEMENTS):
-        exact = flat[begin : begin + _PIECE_ELEMENTS].float()
+        exact = flat[begin : begin + _PIECE_ELEMENTS].to(wide)
         near = exact.to(dtype)
-        rest = exact - near.float()
+        rest = exact - near.to(wide)
         other = torch.where(rest != 0, _next(near, rest > 0), near)
-        gap = other.float() - near.float()
+        gap = other.to(wide) - near.to(wide)
         # A gap of 0 or infinity belongs to exact values and to the largest finite ones: they stay.
         share = torch.where((gap != 0) & gap.isfinite(), rest / gap, torch.zeros_like(gap))
         moves = keep_mask(seed, name, _STREAM, begin, exact.numel(), share)
@@ -53,8 +54,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, seed: int, name: st
 
 def _next(values: Tensor, upwards: Tensor) -> Tensor:
     """Return the next representable number above or below each value, by counting up or down in its bits."""
-    bits = values.view(torch.int16)
+    pattern = torch.int32 if values.dtype == torch.float32 else torch.int16
+    bits = values.view(pattern)
     away_from_zero = (values > 0) == upwards
-    smallest = torch.where(upwards, 1, -(2**15) + 1).to(torch.int16)  # the subnormals of either sign next to zero
+    # The subnormals of either sign next to zero:
+    smallest = torch.where(upwards, 1, torch.iinfo(pattern).min + 1).to(pattern)
     stepped = torch.where(away_from_zero, bits + 1, bits - 1)
     return torch.where(values == 0, smallest, stepped).view(values.dtype)

@@ -1,8 +1,8 @@
 """One tensor merged: the single path that the disk, a live model and the Python API all take.
 
-The method computes in float32; the result is rounded to the output dtype once, and what that rounding swallows of the
-update is counted, because a small update can vanish in bfloat16 without anyone noticing. Where tensors are read from
-and written to, this module does not know.
+The method computes in float32, or in float64 where that is asked for or stored; the result is rounded to the output
+dtype once, and what that rounding swallows of the update is counted, because a small update can vanish in bfloat16
+without anyone noticing. Where tensors are read from and written to, this module does not know.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import TensorJob
 from dapt_merge.merging.rounding import round_stochastically
-from dapt_merge.methods.apply import NARROW_DTYPES, Place, combine, combine_in_runs
+from dapt_merge.methods.apply import Place, combine, combine_in_runs
 from dapt_merge.methods.contract import TensorContext
-from dapt_merge.methods.pieces import is_finite
-from dapt_merge.methods.rounding_loss import RoundingLoss, rounded_and_counted
+from dapt_merge.methods.pieces import arithmetic_dtype, dtypes_of, is_finite
+from dapt_merge.methods.rounding_loss import RoundingLoss, is_lossy, rounded_and_counted
 
 RUN_ELEMENTS = 1 << 18  # of a result that is handed over piece by piece
 
@@ -52,8 +52,8 @@ def merge_tensor(
         job: what to merge.
         read: (label of a checkpoint or statistics file, tensor name) → the stored tensor.
         seed: the recipe's.
-        measure_rounding: count the elements of the update that rounding to a dtype narrower than float32 loses. It
-            changes no bit of the result.
+        measure_rounding: count the elements of the update that rounding to a dtype narrower than the arithmetic's
+            loses. It changes no bit of the result.
         out: where the result is to be, shaped and typed like the job's output; it then is the tensor that is returned.
             What it holds after an error is undefined.
         memories: see `TensorContext.memories`.
@@ -149,8 +149,10 @@ def _merge(
     )
     method, values = job.parameters.method, job.parameters.values
     start = models[0] if base is None else base
-    stochastic = job.stochastic and job.out_dtype in NARROW_DTYPES
-    if not stochastic and job.target_read is None:
+    target = None if job.target_read is None else read(*job.target_read)
+    arithmetic = job.arithmetic or arithmetic_dtype(dtypes_of(base, target, *models), job.out_dtype)
+    stochastic = job.stochastic and is_lossy(arithmetic, job.out_dtype)
+    if not stochastic and target is None:
         result = combine_in_runs(
             method,
             base,
@@ -159,15 +161,16 @@ def _merge(
             context,
             place,
             out_dtype=job.out_dtype,
+            arithmetic=arithmetic,
             counted=measure_rounding,
             run_elements=run_elements,
         )
         ready = _Ready(result, start) if isinstance(result, Tensor) else None
         return ready, context.notes, result if isinstance(result, RoundingLoss) else None
-    merged = combine(method, base, models, values, context)
-    if job.target_read is not None and base is not None:
-        start = read(*job.target_read)
-        merged = _added_to_target(merged, base, start, job)
+    merged = combine(method, base, models, values, context, out_dtype=arithmetic, arithmetic=arithmetic)
+    if target is not None and base is not None:
+        start = target
+        merged = _added_to_target(merged, base, target, job, arithmetic)
     # A copy of an input is no update: it is rounded as loading it in that dtype would.
     if stochastic and merged.is_floating_point() and not any(merged is tensor for tensor in (start, *models)):
         merged = round_stochastically(merged, job.out_dtype, seed, job.name)
@@ -181,7 +184,7 @@ def _hand_over(
     """Put a whole result into its places, rounded to the output dtype, and count what that loses."""
     flat, from_flat = ready.tensor.reshape(-1), ready.start.reshape(-1)
     rounds = flat.is_floating_point() and flat.dtype != job.out_dtype
-    counted = rounds and measure_rounding and job.out_dtype in NARROW_DTYPES
+    counted = rounds and measure_rounding and is_lossy(flat.dtype, job.out_dtype)
     loss = RoundingLoss()
     for begin in range(0, flat.numel(), run_elements):
         run = slice(begin, min(begin + run_elements, flat.numel()))
@@ -195,8 +198,8 @@ def _hand_over(
     return loss if counted else None
 
 
-def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJob) -> Tensor:
-    """Return θ_target + (merged − θ₀) in float32; the target itself where the merge is the base itself.
+def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJob, arithmetic: torch.dtype) -> Tensor:
+    """Return θ_target + (merged − θ₀) in the arithmetic's dtype; the target itself where the merge is the base itself.
 
     Raises:
         InputError: the target holds NaN or infinity, or disagrees on a buffer.
@@ -211,7 +214,7 @@ def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJo
         return target
     if merged is base:
         return target
-    moved = merged.float().sub(base.float()).add_(target)
+    moved = merged.to(arithmetic).sub(base.to(arithmetic)).add_(target)
     if not is_finite(moved):
         raise InputError(
             f"the result is not finite: {job.target} holds NaN or infinity, or the sum overflows",

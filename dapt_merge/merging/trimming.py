@@ -1,17 +1,21 @@
 """Thresholds that only the whole model can give: `trim_scope: model`.
 
 A method that trims each task vector as one long vector needs to know, before the first tensor is merged, which
-magnitude the density share ends at. One pass over the inputs finds it. How a method uses it, this module does not know.
+magnitude the density share ends at. One pass over the inputs finds it, in one arithmetic for all tensors, so that their
+magnitudes compare. How a method uses it, this module does not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.methods.contract import TensorContext
-from dapt_merge.methods.pieces import Operands
+from dapt_merge.methods.pieces import Operands, arithmetic_dtype, dtypes_of
 from dapt_merge.methods.ties import model_cutoffs
 
 
@@ -31,9 +35,21 @@ def settle_cutoffs(plan: MergePlan) -> MergePlan:
             where="parameters.density",
             remedy="Give one density for the whole model, or use trim_scope: tensor.",
         )
-    found = model_cutoffs([_operands(plan, job) for job in asking], next(iter(densities)))
-    cutoffs = {job.name: row for job, row in zip(asking, found, strict=True)}
-    return replace(plan, jobs=tuple(replace(job, cutoffs=cutoffs.get(job.name)) for job in plan.jobs))
+    operands = [_operands(plan, job) for job in asking]
+    arithmetic = _widest(operands, asking)
+    found = model_cutoffs([replace(each, arithmetic=arithmetic) for each in operands], next(iter(densities)))
+    settled = {
+        job.name: replace(job, cutoffs=row, arithmetic=arithmetic) for job, row in zip(asking, found, strict=True)
+    }
+    return replace(plan, jobs=tuple(settled.get(job.name, job) for job in plan.jobs))
+
+
+def _widest(operands: Sequence[Operands], jobs: Sequence[TensorJob]) -> torch.dtype:
+    """Return float64 where any of the tensors is merged in it, else float32."""
+    for each, job in zip(operands, jobs, strict=True):
+        if (job.arithmetic or arithmetic_dtype(dtypes_of(each.base, *each.models), job.out_dtype)) == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _trims_over_the_model(job: TensorJob) -> bool:

@@ -1,9 +1,9 @@
 """One tensor merged by one method: the promises that hold whatever the method is.
 
-Inputs are checked, values too; an end point is the input itself, bit for bit; everything else is computed in float32
-and rounded once. A method that declares a `kernel` runs in compiled loops where tensors lie in ordinary memory, and as
-its torch function elsewhere, with the same bits. What this module does not know: any formula, where tensors come from,
-where they go.
+Inputs are checked, values too; an end point is the input itself, bit for bit; everything else is computed in float32,
+or in float64 where an input or the output is that wide or the caller asks, and rounded once. A method that declares a
+`kernel` runs in compiled loops where float32 is computed and tensors lie in ordinary memory, and as its torch function
+elsewhere, with the same bits. What this module does not know: any formula, where tensors come from, where they go.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torch import Tensor
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.methods.contract import Method, Source, TensorContext
 from dapt_merge.methods.fused import Fused, Program
-from dapt_merge.methods.pieces import Operands, is_finite, refuse_non_finite
-from dapt_merge.methods.rounding_loss import RoundingLoss, rounded_and_counted
+from dapt_merge.methods.pieces import Operands, arithmetic_dtype, dtypes_of, is_finite, refuse_non_finite
+from dapt_merge.methods.rounding_loss import RoundingLoss, is_lossy, rounded_and_counted
 from dapt_merge.methods.stored import STORED_CODES, fits
 
 MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NARROW_DTYPES = (torch.bfloat16, torch.float16)
 
 Place: TypeAlias = Callable[[int, int], Tensor]
 """(begin, end) → where the elements begin…end−1 of the flattened result belong: 1-d, in the output's dtype.
@@ -40,6 +39,7 @@ def combine(
     context: TensorContext,
     *,
     out_dtype: torch.dtype = torch.float32,
+    arithmetic: torch.dtype | None = None,
     piece_elements: int | None = None,
     compiled: bool = True,
 ) -> Tensor:
@@ -53,6 +53,7 @@ def combine(
         values: parameters by their recipe names; per-model ones as one value per model, or one for all.
         context: the tensor's name, the seed; gets the notes.
         out_dtype: dtype of a computed result, rounded to nearest once.
+        arithmetic: float32 or float64, to compute in (None: see `pieces.arithmetic_dtype`).
         piece_elements: elements handled at a time (a multiple of 1024); no result depends on it.
         compiled: use the method's compiled loops where it has some; no result depends on it.
 
@@ -85,6 +86,7 @@ def combine(
         context,
         place,
         out_dtype=out_dtype,
+        arithmetic=arithmetic,
         counted=False,
         piece_elements=piece_elements,
         compiled=compiled,
@@ -103,6 +105,7 @@ def combine_in_runs(
     *,
     out_dtype: torch.dtype,
     counted: bool,
+    arithmetic: torch.dtype | None = None,
     run_elements: int | None = None,
     piece_elements: int | None = None,
     compiled: bool = True,
@@ -110,10 +113,10 @@ def combine_in_runs(
     """Merge one tensor into the places that the caller names, run by run; otherwise as `combine`.
 
     Args:
-        method, base, models, values, context, out_dtype, piece_elements, compiled: as for `combine`.
+        method, base, models, values, context, out_dtype, arithmetic, piece_elements, compiled: as for `combine`.
         place: see `Place`; on the device of the models.
-        counted: count what rounding to a dtype narrower than float32 loses of the update (see `rounding_loss`); it
-            changes no bit of the result.
+        counted: count what rounding to a dtype narrower than the arithmetic's loses of the update (see
+            `rounding_loss`); it changes no bit of the result.
         run_elements: largest run that is asked for (None: any).
 
     Returns:
@@ -132,12 +135,13 @@ def combine_in_runs(
     source = None if method.copy_of is None else method.copy_of(complete, len(models), base is not None)
     if source is not None:
         return _copied(base, models, source, context)
-    out = _Output(place, out_dtype, counted and out_dtype in NARROW_DTYPES, run_elements or models[0].numel())
+    arithmetic = arithmetic or arithmetic_dtype(dtypes_of(base, *models), out_dtype)
+    out = _Output(place, out_dtype, counted and is_lossy(arithmetic, out_dtype), run_elements or models[0].numel())
     if not models[0].numel():
         place(0, 0)
         return out.nothing_lost
     keywords = {("lambda_" if name == "lambda" else name): value for name, value in complete.items()}
-    operands = Operands(base, tuple(models), context, piece_elements, whole_rows=method.whole_rows)
+    operands = Operands(base, tuple(models), context, piece_elements, method.whole_rows, arithmetic)
     if method.measure is not None:
         keywords["measured"] = method.measure(operands, complete, context)
     if not method.elementwise:
@@ -196,7 +200,8 @@ def _nowhere(dtype: torch.dtype) -> Place:
 def _fits(operands: Operands, out: _Output) -> bool:
     inputs = operands.models if operands.base is None else (operands.base, *operands.models)
     # A row that is longer than a run would have to be ranked again for every run.
-    return all(map(fits, inputs)) and out.dtype in STORED_CODES and operands.row_elements <= out.run_elements
+    stored = all(map(fits, inputs)) and out.dtype in STORED_CODES and operands.row_elements <= out.run_elements
+    return stored and operands.arithmetic == torch.float32
 
 
 def _stream(method: Method, operands: Operands, keywords: dict[str, Any], out: _Output) -> RoundingLoss | None:

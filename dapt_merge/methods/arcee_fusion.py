@@ -23,7 +23,7 @@ OUTLIER_RANGES = 1.5  # interquartile ranges above the median at which outliers 
 
 
 class _Threshold(NamedTuple):
-    """The divergence of each row (float32), the length of a row, and the importance at which outliers begin."""
+    """The divergence of each row, the length of a row, and the importance at which outliers begin."""
 
     divergences: Tensor
     row_elements: int
@@ -37,15 +37,15 @@ def row_divergences(base: Tensor, model: Tensor) -> Tensor:
     continued pre-training the sum is far below its terms, and float32 would return mostly its rounding errors.
 
     Args:
-        base: float32 [rows, elements].
+        base: float32 or float64 [rows, elements].
         model: the same.
 
     Returns:
-        float32 [rows].
+        As the base, [rows].
     """
     p = torch.softmax(model.double(), dim=1).add_(SMALLEST_PROBABILITY)
     q = torch.softmax(base.double(), dim=1).add_(SMALLEST_PROBABILITY)
-    return row_sums(torch.log(p / q).mul_(p)).clamp_min_(0).float()
+    return row_sums(torch.log(p / q).mul_(p)).clamp_min_(0).to(base.dtype)
 
 
 def _importance(base: Tensor, model: Tensor, start: int, divergences: Tensor, row_elements: int) -> Tensor:

@@ -23,7 +23,7 @@ def affine_combination(tensors: Sequence[Tensor], coefficients: Sequence[float])
     """Return Σcᵢθᵢ for coefficients that add to 1, as θₐ + Σcᵢ(θᵢ − θₐ) from the θₐ of largest |cₐ|.
 
     Every operation rounds on its own: whether a multiply-add is fused depends on processor and build, and the bits must
-    not. The inputs are float32 of one shape and are not modified.
+    not. The inputs are of one shape and dtype, and are not modified.
     """
     anchor = max(range(len(tensors)), key=lambda position: abs(coefficients[position]))
     merged: Tensor | None = None
@@ -35,7 +35,7 @@ def affine_combination(tensors: Sequence[Tensor], coefficients: Sequence[float])
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Return Σcᵢθᵢ, added in that order; the inputs are float32 of one shape and are not modified."""
+    """Return Σcᵢθᵢ, added in that order; the inputs are of one shape and dtype, and are not modified."""
     merged = tensors[0] * coefficients[0]
     for tensor, coefficient in zip(tensors[1:], coefficients[1:], strict=True):
         merged.add_(tensor * coefficient)

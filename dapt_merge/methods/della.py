@@ -160,7 +160,7 @@ def _pruned_deltas(
             probabilities = keep_probabilities(delta, pruning.row_elements, density[position], epsilon[position])
             delta.mul_(_kept_with(probabilities, context.offset, position, context))
             factor = pruning.factors[position]
-            delta.div_(probabilities.float()) if factor is None else delta.mul_(factor)
+            delta.div_(probabilities.to(delta.dtype)) if factor is None else delta.mul_(factor)
         deltas.append(delta)
     return deltas
 

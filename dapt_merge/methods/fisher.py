@@ -76,7 +76,8 @@ def fisher(
         unknown = total == 0
         _count_unknown(int(unknown.sum()), context)
         shares = [
-            torch.where(unknown, share, part / total).float() for part, share in zip(information, plain, strict=True)
+            torch.where(unknown, share, part / total).to(models[0].dtype)
+            for part, share in zip(information, plain, strict=True)
         ]
     return _averaged(models, shares)
 

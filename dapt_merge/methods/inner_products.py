@@ -1,4 +1,4 @@
-"""Lengths and angles of weight tensors taken as vectors, in float64, from float32 pieces.
+"""Lengths and angles of weight tensors taken as vectors, in float64, from pieces of float32 or float64.
 
 The idea: what a merge on the sphere computes is a sum of its inputs, and the factors follow from their inner products
 alone. So a handful of numbers is measured in one pass, and the tensors are added in a second. Sums do not depend on the
@@ -39,7 +39,7 @@ def gram_matrix(operands: Operands) -> Tensor:
 
 
 def row_inner_products(first: Tensor, second: Tensor) -> Tensor:
-    """Return the inner product of each row of two float32 matrices of one shape: float64 [rows]."""
+    """Return the inner product of each row of two matrices of one shape: float64 [rows]."""
     rows, length = first.shape
     at_once = max(1, _ROWS_AT_ONCE_ELEMENTS // max(1, length))
     parts = [
@@ -53,8 +53,8 @@ def linear_combination(tensors: Sequence[Tensor], coefficients: Sequence[float])
     """Return Σcᵢθᵢ as θₐ + ((Σc − 1)θₐ + Σcᵢ(θᵢ − θₐ)) from the θₐ of largest |cₐ|.
 
     Between models that are close to each other all but the last sum are small steps, as in
-    `averaging.affine_combination`; there the coefficients add to 1, here to anything. The inputs are float32 of one
-    shape and are not modified.
+    `averaging.affine_combination`; there the coefficients add to 1, here to anything. The inputs are of one
+    shape and dtype and are not modified.
     """
     anchor = max(range(len(tensors)), key=lambda position: abs(coefficients[position]))
     step = torch.mul(tensors[anchor], math.fsum([*coefficients, -1.0]))

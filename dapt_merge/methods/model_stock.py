@@ -22,7 +22,7 @@ from dapt_merge.methods.registry import method
 
 
 class _Ratios(NamedTuple):
-    """How far the tensor goes, or each of its rows (float32 [rows]); a row has `row_elements`."""
+    """How far the tensor goes, or each of its rows (a tensor [rows]); a row has `row_elements`."""
 
     ratio: float | Tensor
     row_elements: int
@@ -59,7 +59,7 @@ def _ratios(operands: Operands, values: Values, context: TensorContext) -> _Rati
         context.notes["t"] = float(ratios.mean())
         if not bool(ratios.any()):
             _note_base(context)
-        return _Ratios(ratios.float(), operands.row_elements)
+        return _Ratios(ratios.to(operands.arithmetic), operands.row_elements)
     cosine = _cosines(gram_matrix(operands))
     ratio = float(interpolation_ratio(cosine, count))
     context.notes["t"] = ratio

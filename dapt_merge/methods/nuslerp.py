@@ -28,7 +28,7 @@ class ArcFactors:
     """What the two vectors are multiplied with.
 
     Attributes:
-        second: factor of the second vector: one for the whole tensor (a float), or float32 [vectors].
+        second: factor of the second vector: one for the whole tensor (a float), or of the arithmetic's dtype [vectors].
         excess: what both factors add to above 1, likewise; the first factor is 1 + excess − second.
         run: elements after which the next vector begins (vectors that lie one after the other), or 0.
         vectors: how many there are; with `run` 0 they are interleaved: element i belongs to vector i mod `vectors`.
@@ -79,7 +79,7 @@ def _factors(operands: Operands, values: Values, context: TensorContext) -> ArcF
     if straight:
         context.notes["fallback"] = f"linear: {straight} of {len(one)} pairs of vectors have no direction or no arc"
     run = 0 if values["nuslerp_row_wise"] else shape[-1]
-    return ArcFactors(second.float(), (first + second - 1).float(), run, len(one))
+    return ArcFactors(second.to(vectors[0].dtype), (first + second - 1).to(vectors[0].dtype), run, len(one))
 
 
 def _on_the_arc(one: Tensor, mixed: Tensor, two: Tensor, t: float) -> tuple[Tensor, Tensor, int]:

@@ -1,4 +1,4 @@
-"""Inputs of one merge as float32 pieces that fit the processor's cache, and sums that no thread count can change.
+"""Inputs of one merge in small pieces of its arithmetic's dtype, and sums that no thread count can change.
 
 The idea: read each input once, in runs of elements small enough that conversion, arithmetic and the check for
 non-finite values all happen in cache. What this module does not know: any formula.
@@ -7,7 +7,7 @@ non-finite values all happen in cache. What this module does not know: any formu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ _SUM_ROW_ELEMENTS = 1 << 10
 
 
 class Piece(NamedTuple):
-    """One run of elements: where it starts in the flattened tensor, and its float32 values. Never write to them."""
+    """One run of elements: where it starts in the flattened tensor, and its values. Never write to them."""
 
     start: int
     base: Tensor | None
@@ -32,13 +32,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Operands:
-    """The inputs of one merge, in their stored dtypes; with `whole_rows`, no piece of them cuts a row."""
+    """The inputs of one merge, in their stored dtypes; with `whole_rows`, no piece of them cuts a row.
+
+    `arithmetic` is what they are converted to to be computed with: float32, or float64 (see `arithmetic_dtype`).
+    """
 
     base: Tensor | None
     models: tuple[Tensor, ...]
     context: TensorContext
     piece_elements: int | None = None
     whole_rows: bool = False
+    arithmetic: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.piece_elements is not None and self.piece_elements % _SUM_ROW_ELEMENTS:
@@ -58,16 +62,16 @@ class Operands:
         return shape[-1] if self.whole_rows and shape else 1
 
     def whole(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Return base and models as full float32 tensors (the inputs themselves where they are float32).
+        """Return base and models as full tensors of the arithmetic's dtype (the inputs themselves where they have it).
 
         Raises:
             InputError: as for `pieces`.
         """
-        base = None if self.base is None else self._float32(self.base, "base")
-        return base, tuple(self._float32(model, position) for position, model in enumerate(self.models))
+        base = None if self.base is None else self._widened(self.base, "base")
+        return base, tuple(self._widened(model, position) for position, model in enumerate(self.models))
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the tensor in order, every input converted to float32.
+        """Yield the tensor in order, every input converted to the arithmetic's dtype.
 
         Raises:
             InputError: a value is NaN or infinite; the error names the tensor and the checkpoint.
@@ -77,8 +81,8 @@ class Operands:
         for run in self._runs():
             yield Piece(
                 run.start,
-                None if base is None else self._float32(base[run], "base"),
-                tuple(self._float32(model[run], position) for position, model in enumerate(models)),
+                None if base is None else self._widened(base[run], "base"),
+                tuple(self._widened(model[run], position) for position, model in enumerate(models)),
             )
 
     def deltas(self, position: int) -> Iterator[Tensor]:
@@ -86,7 +90,7 @@ class Operands:
         assert self.base is not None
         base, model = self.base.reshape(-1), self.models[position].reshape(-1)
         for run in self._runs():
-            yield torch.sub(self._float32(model[run], position), self._float32(base[run], "base"))
+            yield torch.sub(self._widened(model[run], position), self._widened(base[run], "base"))
 
     def _runs(self) -> Iterator[slice]:
         default = PIECE_ELEMENTS if self.models[0].device.type == "cpu" else ACCELERATOR_PIECE_ELEMENTS
@@ -95,10 +99,25 @@ class Operands:
         elements = max(1, (self.piece_elements or default) // group) * group
         return (slice(start, start + elements) for start in range(0, self.numel, elements))
 
-    def _float32(self, run: Tensor, source: Source) -> Tensor:
-        values = run.to(torch.float32)
+    def _widened(self, run: Tensor, source: Source) -> Tensor:
+        values = run.to(self.arithmetic)
         refuse_non_finite(values, source, self.context)  # after the conversion, which a float64 can overflow
         return values
+
+
+def arithmetic_dtype(inputs: Iterable[torch.dtype], out_dtype: torch.dtype) -> torch.dtype:
+    """Return what a merge computes in unless told: float64 where an input or the output holds that much, else float32.
+
+    Example:
+        >>> arithmetic_dtype([torch.bfloat16, torch.float32], torch.bfloat16)
+        torch.float32
+    """
+    return torch.float64 if torch.float64 in (out_dtype, *inputs) else torch.float32
+
+
+def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype]:
+    """Return the dtypes of the tensors that there are."""
+    return [tensor.dtype for tensor in tensors if tensor is not None]
 
 
 def refuse_non_finite(values: Tensor, source: Source, context: TensorContext) -> None:

@@ -70,7 +70,7 @@ def regmean(
     pulls = torch.zeros(models[0].shape, dtype=torch.float64, device=models[0].device)
     for model, matrix in zip(models, known, strict=True):
         pulls.addmm_(torch.sub(model, mean).double(), matrix)
-    return mean.add_(_solved(total, pulls, context).float())
+    return mean.add_(_solved(total, pulls, context).to(mean.dtype))
 
 
 def _summed(matrices: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 18
@@ -16,7 +17,7 @@ _PIECE_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """How many elements the merge moves away from the base in float32, and how many of those rounding moves back."""
+    """How many elements the merge moves away from the base as computed, and how many of those rounding moves back."""
 
     updated: int = 0
     lost: int = 0
@@ -30,11 +31,23 @@ class RoundingLoss:
         return self.lost / self.updated if self.updated else 0.0
 
 
+def is_lossy(exact: torch.dtype, out: torch.dtype) -> bool:
+    """Say whether rounding from one floating dtype to another can swallow updates: it is narrower, float32 included.
+
+    Example:
+        >>> is_lossy(torch.float32, torch.bfloat16), is_lossy(torch.bfloat16, torch.float16)
+        (True, True)
+        >>> is_lossy(torch.float64, torch.float32), is_lossy(torch.float32, torch.float64)
+        (True, False)
+    """
+    return out.is_floating_point and out.itemsize < max(exact.itemsize, torch.float32.itemsize)
+
+
 def rounded_and_counted(values: Tensor, start: Tensor, out: Tensor) -> RoundingLoss:
     """Round to nearest into `out`, and count what that loses of the way from `start`.
 
     Args:
-        values: 1-d, exact (float32).
+        values: 1-d, exact (float32 or float64).
         start: 1-d, as long; where the update started from, in any floating dtype.
         out: 1-d, as long; gets the rounded values.
 

@@ -1,10 +1,11 @@
 """Exactly the k largest magnitudes, without a sort and without a copy of the tensor.
 
-The idea: the bit pattern of a non-negative float32 orders like its value, so the k-th largest is the number whose bits
-are found by counting: how many magnitudes are at least this, or that? A sample says where to look, and each pass over
-the values narrows the interval that holds the threshold, until it is one number or holds so few elements that they can
-be looked at together. The sample only guides; what is found is exact whatever it was. Equal magnitudes go to the lower
-index. Usually that is one pass where many magnitudes are equal (as differences of bfloat16 are) and two otherwise.
+The idea: the bit pattern of a non-negative float32 or float64 orders like its value, so the k-th largest is the number
+whose bits are found by counting: how many magnitudes are at least this, or that? A sample says where to look, and each
+pass over the values narrows the interval that holds the threshold, until it is one number or holds so few elements that
+they can be looked at together. The sample only guides; what is found is exact whatever it was. Equal magnitudes go to
+the lower index. Usually that is one pass where many magnitudes are equal (as differences of bfloat16 are) and two
+otherwise.
 
 What this module does not know: what the values are; they come as a stream, from one tensor or from a whole model, or
 lie where compiled loops can count them (`stored_deltas`).
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ABOVE_ALL = 1 << 31  # the sign bit of a magnitude is 0
+_ABOVE_ALL = {torch.float32: 1 << 31, torch.float64: 1 << 63}  # the sign bit of a magnitude is 0
 _SAMPLED = 1 << 14  # at most, and at most one of so many:
 _SAMPLED_OF = 100
 _FEW = 1 << 16  # so many are always looked at together; of larger tensors, so large a share:
@@ -32,7 +33,7 @@ class Cutoff:
     """The border between kept and dropped: larger magnitudes stay, equal ones stay up to an index.
 
     Attributes:
-        magnitude_bits: bit pattern of the threshold magnitude (float32).
+        magnitude_bits: bit pattern of the threshold magnitude, in the dtype of the values.
         last_tied: index of the last element of exactly that magnitude that is kept.
     """
 
@@ -41,10 +42,14 @@ class Cutoff:
 
 
 class Magnitudes(Protocol):
-    """Magnitudes in a fixed order, as the bit patterns of float32: below 2³¹, and ordered like the numbers."""
+    """Magnitudes in a fixed order, as the bit patterns of their dtype, which are ordered like the numbers."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values: float32, with patterns in uint32, or float64, with patterns in uint64."""
 
     def sample(self, size: int) -> np.ndarray:
-        """Return about so many of them, or all where there are not many more; uint32, spread evenly."""
+        """Return about so many of them, or all where there are not many more, spread evenly."""
 
     @property
     def elements(self) -> int:
@@ -54,14 +59,14 @@ class Magnitudes(Protocol):
         """Return how many are at least each of the borders."""
 
     def between(self, low: int, high: int, count: int) -> np.ndarray:
-        """Return those in [low, high), uint32; `count` is how many there are."""
+        """Return those in [low, high); `count` is how many there are."""
 
     def index_of(self, bits: int, tie: int) -> int:
         """Return the index of the tie-th (from 1) that is exactly `bits`."""
 
 
 Stream: TypeAlias = Callable[[], Iterator[Tensor]]
-"""Gives the values from the start each time it is called, as 1-d float32 pieces that may be overwritten."""
+"""Gives the values from the start each time it is called, in 1-d pieces of float32 or float64 that may be overwritten."""
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -103,12 +108,14 @@ def magnitudes_of_rank(values: Stream | Magnitudes, ranks: Sequence[int]) -> lis
         >>> magnitudes_of_rank(lambda: iter([torch.tensor([3.0, -5.0, 1.0])]), [1, 3])
         [5.0, 1.0]
     """
-    borders = _borders(_Streamed(values) if callable(values) else values, ranks)
-    return [float(value) for value in np.array([b.magnitude_bits for b in borders], np.uint32).view(np.float32)]
+    magnitudes = _Streamed(values) if callable(values) else values
+    pattern, number = (np.uint64, np.float64) if magnitudes.dtype == torch.float64 else (np.uint32, np.float32)
+    bits = [border.magnitude_bits for border in _borders(magnitudes, ranks)]
+    return [float(value) for value in np.array(bits, pattern).view(number)]
 
 
 def kept_mask(values: Tensor, cutoff: Cutoff, offset: int = 0) -> Tensor:
-    """Return which elements of a 1-d float32 run are kept; `offset` is the index of its first element."""
+    """Return which elements of a 1-d run are kept; `offset` is the index of its first element."""
     bits = _bits(values.clone())
     border = min(max(cutoff.last_tied + 1 - offset, 0), bits.numel())
     kept = torch.empty(bits.shape, dtype=torch.bool, device=bits.device)
@@ -132,7 +139,7 @@ class _Interval:
     rank: int
     low: int
     from_low: int
-    high: int = _ABOVE_ALL
+    high: int
     from_high: int = 0
 
     @property
@@ -152,7 +159,7 @@ class _Interval:
 
     def guesses(self, sample: np.ndarray) -> list[int]:
         """Return borders that should leave little between them; `sample` is sorted, the smallest first."""
-        first, end = np.searchsorted(sample, [self.low, self.high])
+        first, end = np.searchsorted(sample, np.array([self.low, self.high], sample.dtype))
         inside = sample[first:end]
         if not len(inside):
             return [(self.low + self.high) // 2]
@@ -169,7 +176,7 @@ class _Interval:
 def _borders(magnitudes: Magnitudes, ranks: Sequence[int]) -> list[_Border]:
     sample: np.ndarray | None = None
     few = max(_FEW, magnitudes.elements // _FEW_OF)
-    intervals = [_Interval(rank, 0, magnitudes.elements) for rank in ranks]
+    intervals = [_Interval(rank, 0, magnitudes.elements, _ABOVE_ALL[magnitudes.dtype]) for rank in ranks]
     while True:
         wide = [interval for interval in intervals if not interval.found and interval.inside > few]
         if not wide:
@@ -200,7 +207,11 @@ class _Streamed:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self.elements = sum(piece.numel() for piece in stream())
+        self.elements = 0
+        self.dtype = torch.float32
+        for piece in stream():
+            self.elements += piece.numel()
+            self.dtype = piece.dtype
 
     def sample(self, size: int) -> np.ndarray:
         step = max(1, self.elements // size)
@@ -211,7 +222,7 @@ class _Streamed:
         for piece in self._stream():
             bits = _bits(piece)
             for place, border in enumerate(borders):
-                counts[place] += int((bits >= border).count_nonzero()) if border < _ABOVE_ALL else 0
+                counts[place] += int((bits >= border).count_nonzero()) if border < _ABOVE_ALL[self.dtype] else 0
         return counts
 
     def between(self, low: int, high: int, count: int) -> np.ndarray:
@@ -233,9 +244,10 @@ class _Streamed:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Magnitudes as int32 bit patterns, which order like the magnitudes (subnormals too); made in place."""
-    return values.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+    """Magnitudes as signed bit patterns, which order like the magnitudes (subnormals too); made in place."""
+    pattern = torch.int64 if values.dtype == torch.float64 else torch.int32
+    return values.view(pattern).bitwise_and_(torch.iinfo(pattern).max)
 
 
 def _unsigned(bits: Tensor) -> np.ndarray:
-    return bits.cpu().numpy().view(np.uint32)
+    return bits.cpu().numpy().view(np.uint64 if bits.dtype == torch.int64 else np.uint32)

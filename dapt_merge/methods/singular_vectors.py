@@ -5,9 +5,9 @@ overlap interfere, and few strong ones drown the many weak ones; so the directio
 strengths made equal (Iso). What is not a matrix has no singular vectors: it gets the plain mean of its δᵢ, times λ, as
 in the papers' code, and its notes say so. Only two-dimensional tensors are matrices here.
 
-Singular value decompositions are float32. A direction that the task vectors do not use (those of a low-rank adapter use
-few) has a singular value of rounding size, and which direction it is, rounding decides too. Such directions are left
-out, so that no noise enters a result at full strength, and its notes give their number.
+Singular value decompositions are in the dtype of the arithmetic. A direction that the task vectors do not use (those of
+a low-rank adapter use few) has a singular value of rounding size, and which direction it is, rounding decides too. Such
+directions are left out, so that no noise enters a result at full strength, and its notes give their number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.task_arithmetic import LAMBDA
 
-_EPS = torch.finfo(torch.float32).eps
 COMMON_FRACTION = Parameter(
     "common_fraction", 0.8, "share of the directions taken from the sum of all δ", low=0, high=1
 )
@@ -49,12 +48,12 @@ def decomposed(matrix: Tensor, context: TensorContext) -> tuple[Tensor, Tensor, 
 
 
 def determined(values: Tensor, shape: torch.Size, context: TensorContext, noise: float = 0.0) -> int:
-    """Return how many singular values, largest first, are above what float32 leaves of a 0; the notes count the others.
+    """Return how many singular values, largest first, exceed what rounding leaves of a 0; the notes count the others.
 
     That is `noise`, what the matrix's own elements were rounded by, or some roundings of the largest value, whose
     number grows like the square root of the longer side.
     """
-    threshold = max([noise, *(4 * math.sqrt(max(shape)) * _EPS * values[:1]).tolist()])
+    threshold = max([noise, *(4 * math.sqrt(max(shape)) * _eps(values) * values[:1]).tolist()])
     count = int((values > threshold).sum())
     if count < len(values):
         before = context.notes.get("undetermined_directions", 0)
@@ -69,7 +68,11 @@ def rounding_noise(base: Tensor) -> float:
     """
     rows, columns = base.shape
     size = float(torch.linalg.vector_norm(base)) / math.sqrt(max(1, base.numel()))
-    return _EPS * size * (math.sqrt(rows) + math.sqrt(columns))
+    return _eps(base) * size * (math.sqrt(rows) + math.sqrt(columns))
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
 
 
 def nearest_orthogonal(vectors: Tensor, context: TensorContext) -> Tensor:
@@ -182,7 +185,7 @@ def iso_cts(
         delta = torch.sub(model, base)
         size = float(torch.linalg.vector_norm(delta))  # what is left over has its rounding errors
         apart = delta.sub_(shared @ (shared.t() @ delta))
-        parts.append(_strongest(apart, each, context, max(noise, 4 * math.sqrt(max(base.shape)) * _EPS * size)))
+        parts.append(_strongest(apart, each, context, max(noise, 4 * math.sqrt(max(base.shape)) * _eps(base) * size)))
     lefts, rights = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[2] for part in parts])
     if not lefts.shape[1]:
         return base.clone()

@@ -49,8 +49,8 @@ def _products(operands: Operands) -> Sequence[Sequence[float]]:
         # float64, so that neither a square nor the cosine of a small angle is lost; only pieces are ever this wide.
         wide_base, wide_model = base_piece.double(), model_piece.double()
         products += partial_sums(wide_base * wide_model)
-        squares_base += partial_sums(wide_base.square_())
-        squares_model += partial_sums(wide_model.square_())
+        squares_base += partial_sums(wide_base.square())
+        squares_model += partial_sums(wide_model.square())
     return products, squares_base, squares_model
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dapt_merge.methods.pieces import Operands
@@ -31,7 +32,7 @@ def delta_magnitudes(tensors: Sequence[Operands], position: int) -> Stream | Mag
         return chain.from_iterable(operands.deltas(position) for operands in tensors)
 
     stored = [(base, model) for base, model in pairs if base is not None and fits(base) and fits(model)]
-    if len(stored) < len(pairs):
+    if len(stored) < len(pairs) or any(operands.arithmetic != torch.float32 for operands in tensors):
         return stream
     return _StoredDeltas(stored)
 
@@ -41,6 +42,7 @@ class _StoredDeltas:
         from dapt_merge.methods import kernels
 
         self._kernels = kernels
+        self.dtype = torch.float32
         self._tensors = pairs  # the addresses are only good while these live
         self._places = [(*place_of(base), *place_of(model), base.numel()) for base, model in pairs]
         self.elements = sum(base.numel() for base, _ in pairs)

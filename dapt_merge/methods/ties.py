@@ -94,11 +94,11 @@ def merge_elected(
 
     The elected sign is that of the sum of the votes, 0 counting as positive: wᵢδᵢ (`weighted`), δᵢ (`unweighted`) or
     sign(wᵢδᵢ) (`count`). `normalize` divides by the sum of the agreeing weights (unless that is 0). Elements that are 0
-    never agree. Sums are in float32 in the order of the models, so that votes that cancel up to rounding can elect
-    either sign.
+    never agree. Sums are in the base's dtype in the order of the models, so that votes that cancel up to rounding can
+    elect either sign.
 
     Args:
-        base: float32.
+        base: float32 or float64.
         deltas: task vectors after trimming, shaped like the base; they are overwritten.
         weights: one per task vector, none 0.
         elect: see above.

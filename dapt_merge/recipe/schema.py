@@ -47,7 +47,7 @@ __all__ = [
     "ZeroEmbedding",
 ]
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 # A key whose lines are all commented out is there and holds nothing.
@@ -218,6 +218,8 @@ class Recipe(BaseModel):
     @classmethod
     def _known_dtype(cls, value: str | None) -> str | None:
         name = None if value is None else value.removeprefix("torch.")
+        if name == "int64":  # mergekit takes it, and writes a model of zeros
+            raise ValueError(f"weights in int64 are rounded to whole numbers. Choose one of {', '.join(DTYPES)}")
         if name is not None and name not in DTYPES:
             raise ValueError(f"'{value}' is not a dtype known here.{nearest(name, DTYPES)} Known: {', '.join(DTYPES)}")
         return name
@@ -254,10 +256,21 @@ class Recipe(BaseModel):
         """The narrower dtype that inputs are rounded to first; only where `dtype` and `out_dtype` are both given.
 
         `dtype` alone is the output's dtype: the inputs keep all their digits, since rounding them would lose updates
-        that only the output may lose. The arithmetic is float32 in any case.
+        that only the output may lose.
         """
-        both = self.dtype is not None and self.out_dtype is not None
-        return self.dtype if both and self.dtype not in (self.out_dtype, "float32") else None
+        narrow = self.dtype in ("bfloat16", "float16")
+        return self.dtype if narrow and self.out_dtype not in (None, self.dtype) else None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """The dtype that the recipe asks to compute in; None leaves it to what inputs and outputs hold.
+
+        float64 wherever the recipe names it. float32 where that is `dtype` beside another `out_dtype`, of wider inputs
+        too; of others it is the default.
+        """
+        if "float64" in (self.dtype, self.out_dtype) and self.dtype != "float32":
+            return "float64"
+        return "float32" if self.dtype == "float32" and self.out_dtype not in (None, "float32") else None
 
     @property
     def stacks_layers(self) -> bool:

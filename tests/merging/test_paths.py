@@ -43,7 +43,7 @@ def test_every_built_in_method_is_covered():
     assert set(CASES) <= set(method_names())
 
 
-@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("out_dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize(("method", "parameters"), [*CASES.items(), TRIMMED_OVER_THE_MODEL])
 def test_stream_resident_and_api_give_the_same_bits(models, tmp_path, method, parameters, out_dtype):
     recipe = recipe_for(models, method, out_dtype, **parameters)
@@ -68,6 +68,21 @@ def test_stream_resident_and_api_give_the_same_bits(models, tmp_path, method, pa
         assert torch.equal(tensor, lazy[name]), name
         differs_from_base |= not torch.equal(tensor.float(), base.read(name))
     assert differs_from_base
+
+
+def test_what_is_stored_in_float64_loses_no_digit_unless_the_recipe_says_so(tmp_path):
+    base = {name: tensor.double() for name, tensor in random_weights(1).items()}
+    dapt = {name: tensor + 1e-12 for name, tensor in base.items()}
+    folders = [save_model(tmp_path / name, weights) for name, weights in (("base", base), ("dapt", dapt))]
+    half = merge(*folders, "task_arithmetic", weight=0.5)
+    for name, tensor in base.items():
+        assert half[name].dtype == torch.float64
+        assert torch.equal(half[name], tensor + 0.5 * (dapt[name] - tensor))
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folders[0]), "dtype": "float32"}
+    recipe |= {"out_dtype": "float64", "models": [{"model": str(folders[1]), "parameters": {"weight": 0.5}}]}
+    in_float32 = merge(recipe=recipe)["model.norm.weight"]
+    assert in_float32.dtype == torch.float64
+    assert torch.equal(in_float32, in_float32.float().double())
 
 
 def test_the_saved_merge_loads_in_transformers_and_computes_what_the_live_model_does(models, tmp_path):

@@ -248,7 +248,8 @@ def test_tensors_that_the_loops_cannot_read_where_they_lie_are_merged_all_the_sa
     base, model = torch.randn(40, 50), torch.randn(40, 50)
     expected = combine(get_method("linear"), base, [model], {"weight": 0.3}, TensorContext("w"))
     transposed = combine(get_method("linear"), base.T, [model.T], {"weight": 0.3}, TensorContext("w"))
-    wide = combine(get_method("linear"), base.double(), [model.double()], {"weight": 0.3}, TensorContext("w"))
+    doubles = base.double(), [model.double()]
+    wide = combine(get_method("linear"), *doubles, {"weight": 0.3}, TensorContext("w"), arithmetic=torch.float32)
     odd = torch.zeros(40 * 50 * 4 + 1, dtype=torch.uint8)
     odd[1:] = model.flatten().view(torch.uint8)
     shifted = torch.frombuffer(odd.numpy(), dtype=torch.float32, offset=1).view(40, 50)
