@@ -115,6 +115,7 @@ def write_cleaned(
         contacts = ContactsFound(runs, config.decontaminate.minimum_share)
     owners: list[np.ndarray] = []
     done = written = 0
+    on_progress("cleaning", 0, total)
     with _CleanedWriter(folder, scratch) as writer:
         for number, batch in cleaned_batches(config, treatment, processes):
             counts[number].cleaning.merge(batch.counts)
@@ -136,6 +137,7 @@ def _count_lines(config: CorpusDocuments, scratch: Path, on_progress: OnProgress
     if settings is None:
         return 0
     counter, done = LineCounter(scratch, settings), 0
+    on_progress("counting lines", 0, 0)
     for source in config.sources:
         for document in documents_of(config, source):
             counter.add(document.text)

@@ -32,6 +32,7 @@ from dapt_merge.corpus.shingles import folded, runs_of, signature
 
 EMPTY = "empty"
 _SHOWN_LINES = 20
+_ANY_LANGUAGE, _ANY_TEXT = "fr", "Le patient se plaint d'une fiÃ¨vre depuis trois jours. " * 8
 
 
 class Left(NamedTuple):
@@ -121,12 +122,14 @@ _detector: Detector | None
 
 
 def prepare_process(treatment: Treatment) -> None:
-    """Set what this process does; the first thing that a process is told."""
+    """Set what this process does, and load what that needs; the first thing that a process is told."""
     global _treatment, _repeated, _detector
     _treatment = treatment
     lines = treatment.repeated_lines
     _repeated = np.load(lines) if lines is not None else np.empty(0, dtype=np.uint64)
     _detector = Detector(treatment.item_runs) if treatment.item_runs is not None else None
+    # Compiled loops and the language model are loaded at their first use; before processes divide, they share them.
+    clean_batch((_ANY_LANGUAGE, [Document(_ANY_TEXT, "", 0)]))
 
 
 def clean_batch(batch: tuple[str | None, Sequence[Document]]) -> CleanBatch:

@@ -2,9 +2,9 @@
 
 Documents are gone through in order, and each is compared with those that were kept before it. So the first copy stays,
 and of every document left out it holds that a kept one is at least as similar as the threshold: no chains of ever less
-similar documents, and no similarity that was only estimated. datasketch chooses the bands and keeps the index; a
-document that shares no band with any other, which sorting tells, never enters it, so that its memory grows with the
-repetitions in a corpus and not with the corpus.
+similar documents, and no similarity that was only estimated. datasketch chooses the bands. Its index of dictionaries
+takes some kilobytes a document; here a document that shares no band with any other, which sorting tells, is not looked
+at again (about 30 bytes each while that is told), and the others are indexed in arrays: 12 bytes a band and document.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from dapt_merge.corpus.compiled import compiled
 from dapt_merge.corpus.config import NearDuplicates
 from dapt_merge.corpus.shingles import jaccard, shingles
 
@@ -55,15 +56,11 @@ def exact_duplicates(digests: np.ndarray, text_at: Callable[[int], str]) -> list
 
 def bands(settings: NearDuplicates) -> tuple[int, int]:
     """Return the number of bands and the rows in each that datasketch takes for a threshold."""
-    index = _index(settings)
-    return index.b, index.r
-
-
-def _index(settings: NearDuplicates) -> Any:
     from datasketch import MinHashLSH
 
     weights = (_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT)
-    return MinHashLSH(threshold=settings.threshold, num_perm=settings.permutations, weights=weights)
+    index = MinHashLSH(threshold=settings.threshold, num_perm=settings.permutations, weights=weights)
+    return index.b, index.r
 
 
 def near_duplicates(
@@ -82,25 +79,23 @@ def near_duplicates(
         text_at: gives a document's text.
         on_progress: called with (done, total) documents.
     """
-    from datasketch import LeanMinHash
-
-    index = _index(settings)
-    suspects = candidates[_share_a_band(signatures, candidates, index.b, index.r)]
+    count, rows = bands(settings)
+    suspects = candidates[_share_a_band(signatures, candidates, count, rows)]
+    index = _Buckets(signatures, suspects, count, rows)
     runs = _RememberedRuns(text_at, settings.ngram)
     error = np.sqrt(settings.threshold * (1 - settings.threshold) / settings.permutations)
     least = settings.threshold - _STANDARD_ERRORS * error
     pairs = []
-    for done, document in enumerate(suspects.tolist()):
-        row = np.array(signatures[document])
-        sketch = LeanMinHash(seed=1, hashvalues=row, scheme="affine32")
-        found = np.array(index.query(sketch), dtype=np.int64)
+    for place, document in enumerate(suspects.tolist()):
+        found = suspects[index.kept_beside(place)]
+        row = signatures[document]
         pair = _most_similar(document, found, signatures, row, least, runs, settings.threshold) if len(found) else None
         if pair is not None:
             pairs.append(pair)
         else:
-            index.insert(document, sketch, check_duplication=False)
-        if on_progress and done % 1000 == 0:
-            on_progress(done, len(suspects))
+            index.keep(place)
+        if on_progress and place % 1000 == 0:
+            on_progress(place, len(suspects))
     return pairs
 
 
@@ -108,19 +103,87 @@ def _share_a_band(signatures: np.ndarray, candidates: np.ndarray, count: int, ro
     """Say of each candidate whether another one has the same numbers in some band, bool [candidates]."""
     shares = np.zeros(len(candidates), dtype=bool)
     for band in range(count):
-        columns = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows][candidates])
-        keys = _hash_rows(columns)
-        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        shares |= counts[inverse] > 1
+        keys = _band_keys(signatures, candidates, band * rows, rows)
+        ordered = np.sort(keys)
+        _mark_repeated(keys, np.unique(ordered[1:][ordered[1:] == ordered[:-1]]), shares)
     return shares
 
 
-def _hash_rows(columns: np.ndarray) -> np.ndarray:
-    keys = np.full(len(columns), 0x9E3779B97F4A7C15, dtype=np.uint64)
-    for column in columns.T:
-        keys = (keys ^ column) * np.uint64(0xFF51AFD7ED558CCD)
-        keys ^= keys >> np.uint64(32)
+class _Buckets:
+    """Which of the suspects that were kept lie in a bucket with another suspect, in any band.
+
+    A bucket is a number that suspects with the same key in a band have in common; each holds the place of the suspect
+    kept last, and each suspect that of the one kept before it in the same bucket.
+
+    Args:
+        signatures: of all documents.
+        suspects: the documents to index, in the order in which they are asked for.
+        count: bands.
+        rows: numbers in a band.
+    """
+
+    def __init__(self, signatures: np.ndarray, suspects: np.ndarray, count: int, rows: int) -> None:
+        self._bucket = np.empty((len(suspects), count), dtype=np.int32)
+        buckets = 0
+        for band in range(count):
+            keys = _band_keys(signatures, suspects, band * rows, rows)
+            ordered, inverse = np.unique(keys, return_inverse=True)
+            self._bucket[:, band] = inverse + buckets
+            buckets += len(ordered)
+        self._last = np.full(buckets, -1, dtype=np.int32)
+        self._before = np.full((len(suspects), count), -1, dtype=np.int32)
+        self._asked_by = np.full(len(suspects), -1, dtype=np.int32)
+
+    def kept_beside(self, place: int) -> np.ndarray:
+        """Return the places of the kept suspects that share a bucket with one, ascending, int32."""
+        return np.sort(_kept_beside(place, self._bucket, self._last, self._before, self._asked_by))
+
+    def keep(self, place: int) -> None:
+        """Let a suspect be found by those after it."""
+        self._before[place] = self._last[self._bucket[place]]
+        self._last[self._bucket[place]] = place
+
+
+@compiled
+def _band_keys(signatures: np.ndarray, documents: np.ndarray, first: int, rows: int) -> np.ndarray:
+    """Return a hash of each document's numbers in a band, uint64 [documents]."""
+    keys = np.empty(len(documents), dtype=np.uint64)
+    for place in range(len(documents)):
+        key = np.uint64(0x9E3779B97F4A7C15)
+        for column in range(first, first + rows):
+            key = (key ^ np.uint64(signatures[documents[place], column])) * np.uint64(0xFF51AFD7ED558CCD)
+            key ^= key >> np.uint64(32)
+        keys[place] = key
     return keys
+
+
+@compiled
+def _mark_repeated(keys: np.ndarray, repeated: np.ndarray, marks: np.ndarray) -> None:
+    """Set the marks of those keys that are among the sorted `repeated`."""
+    for place in range(len(keys)):
+        found = np.searchsorted(repeated, keys[place])
+        if found < len(repeated) and repeated[found] == keys[place]:
+            marks[place] = True
+
+
+@compiled
+def _kept_beside(
+    place: int, bucket: np.ndarray, last: np.ndarray, before: np.ndarray, asked_by: np.ndarray
+) -> np.ndarray:
+    """Return the places in the chains of a suspect's buckets, each once, in no order, int32."""
+    found = np.empty(8, dtype=np.int32)
+    count = 0
+    for band in range(bucket.shape[1]):
+        other = last[bucket[place, band]]
+        while other >= 0:
+            if asked_by[other] != place:
+                asked_by[other] = place
+                if count == len(found):
+                    found = np.concatenate((found, np.empty(count, dtype=np.int32)))
+                found[count] = other
+                count += 1
+            other = before[other, band]
+    return found[:count]
 
 
 def _most_similar(
@@ -133,7 +196,6 @@ def _most_similar(
     threshold: float,
 ) -> Pair | None:
     """Return the first candidate, by falling estimate, whose true similarity reaches the threshold."""
-    found.sort()
     estimates = (signatures[found] == row).mean(axis=1)
     for place in np.argsort(-estimates, kind="stable").tolist():
         if estimates[place] < least:

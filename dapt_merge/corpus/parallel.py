@@ -1,16 +1,20 @@
 """A function over a stream of items in several processes: results in the order of the items, memory bounded.
 
 An executor's own `map` takes the whole stream in before it gives anything out; here no more than a few items a process
-are under way. What the function does is not known here.
+are under way. Where processes are forked, what the function needs is made ready before, so that all of them share it
+in memory. What the function does is not known here.
 """
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from dapt_merge.errors import DaptMergeError
@@ -38,7 +42,8 @@ def ordered_map(
         function: a function of a module (processes receive it by name).
         items: read as results are taken, a few ahead.
         processes: 1 calls the function here.
-        prepare: called once in each process, with `prepare_with`, before the first item.
+        prepare: called with `prepare_with` before the first item: once here where processes are forked (they share
+            what it makes), else once in each process.
         prepare_with: what `prepare` is given.
 
     Raises:
@@ -48,7 +53,7 @@ def ordered_map(
         prepare(*prepare_with)
         yield from map(function, items)
         return
-    with ProcessPoolExecutor(processes, initializer=prepare, initargs=prepare_with) as pool:
+    with _pool(processes, prepare, prepare_with) as pool:
         under_way: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -66,3 +71,22 @@ def ordered_map(
             # After a fault nobody takes the results of what is still waiting.
             for future in under_way:
                 future.cancel()
+
+
+@contextmanager
+def _pool(
+    processes: int, prepare: Callable[..., None], prepare_with: tuple[object, ...]
+) -> Iterator[ProcessPoolExecutor]:
+    if multiprocessing.get_start_method() != "fork":
+        with ProcessPoolExecutor(processes, initializer=prepare, initargs=prepare_with) as pool:
+            yield pool
+        return
+    prepare(*prepare_with)
+    gc.collect()
+    # The collector writes into every object that it looks at, which would give each process a copy of its page.
+    gc.freeze()
+    try:
+        with ProcessPoolExecutor(processes) as pool:
+            yield pool
+    finally:
+        gc.unfreeze()

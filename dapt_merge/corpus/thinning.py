@@ -48,6 +48,8 @@ def thin(config: CorpusDocuments, cleaned: Cleaned, texts: CleanedTexts, on_prog
     if config.decontaminate is not None and config.decontaminate.action == "remove" and cleaned.contacts is not None:
         removed |= _contaminated(cleaned.contacts)
     steps = config.deduplicate
+    if steps is not None:
+        on_progress("comparing", 0, 0)
     if steps is not None and steps.exact:
         copies["exact"] = _exact_copies(cleaned, _without(removed, cleaned), texts)
         removed |= _repeating("exact copy", copies["exact"], texts)

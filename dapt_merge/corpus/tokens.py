@@ -113,6 +113,7 @@ def _write(
 
     rows = documents.rows().select_columns(["text"])
     total, done, highest = len(rows), 0, 0
+    on_progress("tokenising", 0, total)
     many = total >= _WORTH_PROCESSES
     starts = range(0, total, _DOCUMENTS_AT_ONCE)
     schema = pyarrow.schema({"input_ids": pyarrow.list_(pyarrow.int32())})

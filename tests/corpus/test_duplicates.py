@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_corpora import WORDS, text_of, texts
 
 from dapt_merge.corpus.config import NearDuplicates
-from dapt_merge.corpus.duplicates import Pair, bands, exact_duplicates, near_duplicates
+from dapt_merge.corpus.duplicates import Pair, _Buckets, bands, exact_duplicates, near_duplicates
 from dapt_merge.corpus.shingles import folded, jaccard, shingles, signature
 
 
@@ -125,3 +125,25 @@ def test_only_the_candidates_are_looked_at() -> None:
     signatures = np.stack([signature(shingles(text, 5), 128) for text in documents])
     pairs = near_duplicates(signatures, np.array([1, 2, 3, 4]), NearDuplicates(), documents.__getitem__)
     assert [(pair.document, pair.kept) for pair in pairs] == [(4, 1)]
+
+
+def test_the_index_takes_less_than_200_bytes_a_document() -> None:
+    options = NearDuplicates()
+    signatures = np.random.default_rng(0).integers(0, 2**32, (500, options.permutations), dtype=np.uint32)
+    index = _Buckets(signatures, np.arange(500), *bands(options))
+    for place in range(500):
+        assert len(index.kept_beside(place)) == 0
+        index.keep(place)
+    assert sum(array.nbytes for array in vars(index).values()) <= 200 * 500
+
+
+def test_a_bucket_gives_all_that_were_kept_in_it_once() -> None:
+    signatures = np.zeros((40, 12), dtype=np.uint32)
+    signatures[:, 4:8] = np.arange(40)[:, None] % 2
+    signatures[:, 8:] = np.arange(40)[:, None]
+    index = _Buckets(signatures[:, 4:], np.arange(40), 2, 4)
+    for place in range(40):
+        kept = [other for other in range(place) if other % 2 == place % 2 and other % 3]
+        assert index.kept_beside(place).tolist() == kept
+        if place % 3:
+            index.keep(place)

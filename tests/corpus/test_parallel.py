@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import signal
 import time
@@ -61,3 +63,20 @@ def test_an_error_of_the_function_comes_through_whole() -> None:
     with pytest.raises(InputError) as caught:
         list(ordered_map(refused, range(10), 2, prepare, (0,)))
     assert (caught.value.where, caught.value.remedy) == ("line 0", "Mend it.")
+
+
+def told(number: int) -> int:
+    return _offset
+
+
+def add(offset: int) -> None:
+    global _offset
+    _offset += offset
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="processes are not forked here")
+def test_forked_processes_share_what_was_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "_offset", 0)
+    assert set(ordered_map(told, range(20), 2, add, (7,))) == {7}
+    assert _offset == 7
+    assert gc.get_freeze_count() == 0
