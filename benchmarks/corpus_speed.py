@@ -1,14 +1,15 @@
 """How fast a corpus is built and in how much memory; and near duplicates beside datasketch used plainly.
 
-    python benchmarks/corpus_speed.py                                   1,000,000 documents, about half an hour
+    python benchmarks/corpus_speed.py                                   1,000,000 documents
     python benchmarks/corpus_speed.py --documents 50000 --plain 5000    two minutes, to try it
 
 Documents are made from the sentences of real texts (`--texts`, by default the demo's corpora): their lengths are drawn
 log-normally around 120 words, two in a hundred are copies and five in a hundred near copies (three words changed) of
 one before. The build runs every step: boilerplate, Unicode, whitespace, quality, language, exact and near copies,
 tokens and packing; with `--suites` it is held against those too. A million documents need about 6 GB of disk. Memory
-is the highest sum of Pss_Anon over the build's processes: what they hold beside pages of mapped files, which the system
-takes back when it needs them; pages that processes share count once.
+is told in two ways. "Held" is the highest sum of Pss_Anon over the build's processes: what they hold beside pages of
+mapped files, which the system takes back when it needs them; pages that processes share count once. "RSS" is the
+highest sum of resident sets: mapped files and shared pages too, as often as processes have them.
 """
 
 from __future__ import annotations
@@ -91,12 +92,15 @@ def build(settings: dict[str, Any]) -> dict[str, Any]:
             [sys.executable, __file__, "--build", file.name], stdout=subprocess.PIPE, text=True, env=_environment()
         )
         peaks: dict[str, float] = {}
+        resident = 0
         step = ["start"]
         done = threading.Event()
 
         def sample() -> None:
+            nonlocal resident
             while not done.wait(SAMPLE_SECONDS):
-                held = anonymous_bytes(child.pid)
+                held, with_files = held_bytes(child.pid)
+                resident = max(resident, with_files)
                 peaks[step[0]] = max(peaks.get(step[0], 0), held)
 
         sampler = threading.Thread(target=sample, daemon=True)
@@ -112,25 +116,26 @@ def build(settings: dict[str, Any]) -> dict[str, Any]:
         done.set()
         if child.wait() or not result:
             raise SystemExit("the build failed; see above")
-    return {**result, "peak_bytes_by_step": peaks, "peak_bytes": max(peaks.values())}
+    return {**result, "peak_bytes_by_step": peaks, "peak_bytes": max(peaks.values()), "peak_rss_bytes": resident}
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
-def anonymous_bytes(process: int) -> int:
-    """Return the memory of a process and all that it started, in bytes: mapped files out, shared pages once."""
-    total, waiting = 0, [process]
+def held_bytes(process: int) -> tuple[int, int]:
+    """Return what a process and all that it started hold, in bytes: Pss_Anon and RSS, each added up."""
+    held, resident, waiting = 0, 0, [process]
     while waiting:
         number = waiting.pop()
         try:
             status = Path(f"/proc/{number}/smaps_rollup").read_text()
-            total += 1024 * int(status.split("Pss_Anon:")[1].split()[0])
+            held += 1024 * int(status.split("Pss_Anon:")[1].split()[0])
+            resident += 1024 * int(status.split("Rss:")[1].split()[0])
             waiting += [int(n) for n in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
         except (OSError, IndexError):
             continue
-    return total
+    return held, resident
 
 
 def build_here(settings: dict[str, Any]) -> None:
@@ -155,11 +160,13 @@ def build_here(settings: dict[str, Any]) -> None:
     )
     enter("end")
     sources = corpus.manifest["sources"]
+    times = os.times()
     print(
         json.dumps(
             {
                 "seconds": time.perf_counter() - begun,
                 "seconds_by_step": seconds,
+                "processor_seconds": times.user + times.system + times.children_user + times.children_system,
                 "documents": sum(source["documents_read"] for source in sources),
                 "left_out": {k: v for source in sources for k, v in source["left_out"].items()},
                 "tokens": corpus.manifest["tokens"]["held"],
@@ -262,10 +269,12 @@ Made by `benchmarks/corpus_speed.py` on {result["machine"]}.
 
 {built["documents"]:,} documents, {result["bytes"] / 1e9:.2f} GB of JSON lines, {built["tokens"]:,} tokens kept: \
 {built["seconds"]:.0f} s, **{built["documents"] / built["seconds"]:,.0f} documents/s**, \
-{result["bytes"] / built["seconds"] / 1e6:.1f} MB/s; at most **{built["peak_bytes"] / 1e6:,.0f} MB** of memory in all \
-processes. Left out: {left}.
+{result["bytes"] / built["seconds"] / 1e6:.1f} MB/s, {built["processor_seconds"]:.0f} s of processor time; at most \
+**{built["peak_bytes"] / 1e6:,.0f} MB** held by all processes (RSS, mapped files too: \
+{built["peak_rss_bytes"] / 1e6:,.0f} MB) and {built["disk_bytes"] / 1e9:.2f} GB on the disk, beside the documents. \
+Left out: {left}.
 
-| Step | Seconds | Documents/s | Peak memory, MB |
+| Step | Seconds | Documents/s | Held at most, MB |
 | --- | ---: | ---: | ---: |
 {steps}
 
@@ -305,8 +314,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = measure(options, Path(scratch))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (options.out / "report.md").write_text(report(result), encoding="utf-8")
+    (options.out / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (options.out / "results.md").write_text(report(result), encoding="utf-8")
     print(report(result))
 
 
@@ -326,6 +335,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.suites:
         settings["decontaminate"] = options.suites
     built = build(settings)
+    built["disk_bytes"] = sum(file.stat().st_size for file in (scratch / "cache").rglob("*") if file.is_file())
     with documents.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for _, line in zip(range(options.plain), lines, strict=False)]
     return {"machine": machine(), "bytes": size, "build": built, "near": compare(texts)}
