@@ -128,7 +128,10 @@ def explained(
 _EXPECTED = {
     "string_type": "a text is expected",
     "int_type": "a whole number is expected",
+    "int_parsing": "a whole number is expected",
+    "int_from_float": "a whole number is expected",
     "float_type": "a number is expected",
+    "float_parsing": "a number is expected",
     "bool_type": "true or false is expected",
     "list_type": "a list is expected",
     "dict_type": "a mapping of names to values is expected",

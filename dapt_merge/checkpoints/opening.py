@@ -25,6 +25,7 @@ from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, sec
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
 from dapt_merge.checkpoints.live_names import stored_state
 from dapt_merge.checkpoints.naming import canonical_names
+from dapt_merge.checkpoints.references import split_architecture
 from dapt_merge.errors import InputError, nearest
 
 SINGLE_FILE = "model.safetensors"
@@ -75,9 +76,17 @@ def open_tokenizer(source: str) -> Checkpoint:
     return Checkpoint(source, nothing.__getitem__, [], folder=folder if folder.is_dir() else folder.parent)
 
 
+def with_stated_architecture(checkpoint: Checkpoint, architecture: str) -> Checkpoint:
+    """Return the checkpoint with a class's name as the `architectures` of its configuration."""
+    return checkpoint.with_config({**checkpoint.config, "architectures": [architecture]})
+
+
 def _open_path(source: str | Path, label: str, base: Checkpoint | None) -> Checkpoint:
     path = Path(source).expanduser()
     if not path.exists():
+        plain, architecture = split_architecture(str(source))
+        if architecture is not None:
+            return with_stated_architecture(_open_path(plain, label, base), architecture)
         model, plus, adapter = str(source).rpartition("+")
         if plus:
             return _open_adapter(_local_folder(adapter), label, _open_path(model, model, None))
@@ -102,8 +111,15 @@ def _local_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
+    folder, at, revision = str(source).partition("@")
+    if at and Path(folder).expanduser().exists():
+        raise InputError(
+            f"'{folder}' is on this disk, and only a model of the hub has revisions",
+            where=str(source),
+            remedy=f"Leave '@{revision}' out, or give the folder that holds that state of the model.",
+        )
     if looks_like_hub_id(str(source)):
-        return snapshot_folder(str(source))
+        return snapshot_folder(str(source), _hint_for_missing(path))
     raise InputError("there is no such file or folder", where=path, remedy=_remedy_for_missing(path))
 
 
@@ -325,6 +341,10 @@ def _remedy_for_missing(path: Path) -> str:
     if path.is_dir():
         below = sorted(p.parent.name for p in path.glob("*/*.safetensors*"))
         return f"Did you mean {path / below[-1]}?" if below else "Give a folder with model.safetensors or its shards."
+    return f"Check the path.{_hint_for_missing(path)}"
+
+
+def _hint_for_missing(path: Path) -> str:
+    """Name the neighbour with the closest name, if one is close."""
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, neighbours)
-    return f"Check the path.{hint}"
+    return nearest(path.name, neighbours)

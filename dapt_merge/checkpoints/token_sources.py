@@ -17,9 +17,9 @@ The idea: mergekit's form, read into one small class a kind. How rows are gather
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
 
 from dapt_merge.errors import InputError, nearest
 
@@ -82,7 +82,7 @@ class TokenizerSettings(BaseModel):
 
     source: str = Field(default="union", min_length=1)
     tokens: dict[str, TokenSource] = Field(default_factory=dict)
-    pad_to_multiple_of: int | None = Field(default=None, ge=1)
+    pad_to_multiple_of: Annotated[int, Field(strict=False, ge=1)] | None = None
 
     @field_validator("tokens", mode="before")
     @classmethod
@@ -119,9 +119,7 @@ def _read_entry(raw: object, where: str) -> TokenSource:
     if isinstance(raw, TokenSource):
         return raw
     entry = _mapping(raw, where, ("source", "force"), "Write '{source: MODEL}', with 'force: true' if you like.")
-    force, source = entry.get("force", False), entry.get("source")
-    if not isinstance(force, bool):
-        raise InputError(f"force is {force!r}, expected true or false", where=f"{where}.force", remedy="Correct it.")
+    force, source = _flag(entry.get("force", False), f"{where}.force"), entry.get("source")
     if isinstance(source, str) and source:
         return ModelEmbedding(source=source, force=force)
     if source is None:
@@ -154,11 +152,26 @@ def _model_token(fields: Mapping[str, Any], where: str, force: bool) -> ModelTok
         raise InputError(f"{found} is given", where=where, remedy="Name the other token by one of the two.")
     if token is not None and not isinstance(token, str):
         raise InputError(f"token is {token!r}, expected a text", where=f"{where}.token", remedy="Quote it.")
-    if token_id is not None and (not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0):
-        raise InputError(
-            f"token_id is {token_id!r}, expected a whole number from 0", where=f"{where}.token_id", remedy="Correct it."
-        )
+    if token_id is not None:
+        token_id = _row(token_id, f"{where}.token_id")
     return ModelToken(model=model, token=token, token_id=token_id, force=force)
+
+
+def _flag(value: object, where: str) -> bool:
+    """Return a flag, in quotes or not, as mergekit reads it."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise InputError(f"force is {value!r}, expected true or false", where=where, remedy="Correct it.") from None
+
+
+def _row(value: object, where: str) -> int:
+    """Return a token's id, written as a number or as a text, as mergekit reads it."""
+    try:
+        return TypeAdapter(Annotated[int, Field(ge=0)]).validate_python(None if isinstance(value, bool) else value)
+    except ValidationError:
+        what = f"token_id is {value!r}, expected a whole number from 0"
+        raise InputError(what, where=where, remedy="Correct it.") from None
 
 
 def _mapping(raw: object, where: str, known: tuple[str, ...], remedy: str) -> Mapping[str, Any]:

@@ -77,7 +77,8 @@ def hub_id(reference: str, checkpoint: Checkpoint) -> str | None:
     if found is not None:
         return f"{found['owner']}/{found['name']}"
     is_local = checkpoint.folder is None or Path(reference).expanduser().exists()
-    return reference if looks_like_hub_id(reference) and not is_local else None
+    # A name alone is as well that of another recipe's output: only the cache's folder, above, tells it from one.
+    return reference if "/" in reference and looks_like_hub_id(reference) and not is_local else None
 
 
 def _all_recipes(report: MergeReport) -> str:

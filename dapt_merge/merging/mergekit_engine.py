@@ -21,11 +21,13 @@ import yaml
 from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.opening import open_checkpoint
+from dapt_merge.checkpoints.references import split_architecture
 from dapt_merge.errors import DaptMergeError, InputError, nearest
 from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.report import MergeReport, versions, way_to_inputs, write_report
 from dapt_merge.merging.stream import RECIPE_FILE
 from dapt_merge.recipe import Recipe, recipe_fingerprint
+from dapt_merge.recipe.parts import is_inert
 from dapt_merge.recipe.reading import relocated
 
 # Keys of ours that change the result and that mergekit does not know.
@@ -131,7 +133,21 @@ def mergekit_content(recipe: Recipe) -> dict[str, Any]:
         )
     _refuse_unknown_parameters(recipe)
     content.pop("seed", None)
-    return content
+    in_long_form: dict[str, Any] = _in_long_form(content)
+    return in_long_form
+
+
+def _in_long_form(value: Any) -> Any:
+    """Write references that state an architecture as mergekit does; it has no short form for them."""
+    if isinstance(value, dict):
+        return {key: _in_long_form(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_long_form(inner) for inner in value]
+    plain, architecture = split_architecture(value) if isinstance(value, str) else (value, None)
+    if architecture is None:
+        return value
+    model, _, adapter = plain.rpartition("+") if "+" in plain else (plain, "", None)
+    return {"model": model, "lora": adapter, "override_architecture": architecture}
 
 
 def _refuse_unknown_parameters(recipe: Recipe) -> None:
@@ -148,11 +164,11 @@ def _refuse_unknown_parameters(recipe: Recipe) -> None:
             where="merge_method",
             remedy="Choose one that it has, or use --engine native.",
         ) from error
-    known = [parameter.name for parameter in spec.parameters] + ["int8_mask"]
+    known = [parameter.name for parameter in spec.parameters]
     blocks = [recipe.parameters, *(entry.parameters for entry in recipe.entries())]
     blocks += [dict(block) for part in recipe.parts for block in part.between]
     for name in (name for block in blocks for name in block):
-        if name not in known:
+        if name not in known and not is_inert(name, recipe.method):
             raise InputError(
                 f"mergekit's {recipe.merge_method} has no parameter '{name}' and would ignore it."
                 f"{nearest(name, known)}",

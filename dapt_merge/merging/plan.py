@@ -21,7 +21,8 @@ from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.gathering import aligned_checkpoints
 from dapt_merge.checkpoints.groups import tensor_group
-from dapt_merge.checkpoints.opening import open_checkpoint, open_tokenizer
+from dapt_merge.checkpoints.opening import open_checkpoint, open_tokenizer, with_stated_architecture
+from dapt_merge.checkpoints.references import split_architecture
 from dapt_merge.checkpoints.trajectory import AveragedCheckpoint, mean_weights, run_checkpoints
 from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
@@ -353,6 +354,9 @@ def open_inputs(recipe: Recipe, given: Mapping[str, Checkpoint]) -> dict[str, Ch
 def _open(reference: str, recipe: Recipe, base: Checkpoint | None, given: Mapping[str, Checkpoint]) -> Checkpoint:
     entry = next((entry for entry in recipe.entries() if entry.average and entry.reference == reference), None)
     if entry is None or entry.average is None:
+        plain, architecture = split_architecture(reference)
+        if architecture is not None and os.path.normpath(plain) in given:
+            return with_stated_architecture(given[os.path.normpath(plain)], architecture)
         model, _, adapter = reference.rpartition("+")
         under = given.get(os.path.normpath(model)) if model else None
         if under is not None and under.folder is not None:  # an adapter on another recipe's output

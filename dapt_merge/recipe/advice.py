@@ -9,18 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dapt_merge.methods.contract import Parameter
-from dapt_merge.recipe.parts import INERT_PARAMETERS, Part, is_inert, sections_of
+from dapt_merge.recipe.parts import (
+    INERT_PARAMETERS,
+    Part,
+    is_inert,
+    is_of_another_method,
+    sections_of,
+    takes_no_base_in_slices,
+)
 from dapt_merge.recipe.resolving import resolve
 from dapt_merge.recipe.schema import Recipe
 from dapt_merge.recipe.settings import read_setting
 
 
-def recipe_warnings(recipe: Recipe) -> list[str]:
-    """Return one sentence for each thing that the recipe's author should know before the merge, or an empty list."""
+def recipe_warnings(recipe: Recipe, *, defaults_of_mergekit: bool = True) -> list[str]:
+    """Return one sentence for each thing that the recipe's author should know before the merge, or an empty list.
+
+    `defaults_of_mergekit` tells where a parameter is left out whose default is another one there: of no interest for a
+    recipe that was not written for mergekit.
+    """
     found = [
         *_inert_parameters(recipe),
         *_unused_keys(recipe),
-        *_defaults_unlike_mergekits(recipe),
+        *(_defaults_unlike_mergekits(recipe) if defaults_of_mergekit else ()),
         *_overruled_settings(recipe),
         *_dead_knobs(recipe),
         *_linear_complement(recipe),
@@ -33,15 +44,20 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
 def _inert_parameters(recipe: Recipe) -> Iterator[str]:
     blocks = [recipe.parameters, *(block for part in recipe.parts for block in part.between)]
     blocks += [entry.parameters for part in recipe.parts for entry in (*part.models, *part.unweighted)]
-    for name, (why, _) in INERT_PARAMETERS.items():
-        if is_inert(name, recipe.method) and any(name in block for block in blocks):
-            yield f"'{name}' has no effect here: {why}."
+    for name in dict.fromkeys(name for block in blocks for name in block if is_inert(name, recipe.method)):
+        if is_of_another_method(name, recipe.method):
+            yield f"'{name}' has no effect here: {recipe.merge_method} has no such parameter; mergekit passes over it."
+        else:
+            yield f"'{name}' has no effect here: {INERT_PARAMETERS[name][0]}."
 
 
 def _unused_keys(recipe: Recipe) -> Iterator[str]:
     slices = [slice_ for section in sections_of(recipe) for slice_ in section.slices or ()]
     if any(slice_.residual_weight is not None for slice_ in slices):
         yield "'residual_weight' has no effect: mergekit reads it and uses it nowhere."
+    if takes_no_base_in_slices(recipe.method):
+        for name in dict.fromkeys(slice_.base_model for slice_ in slices if slice_.base_model is not None):
+            yield f"the slice's base_model '{name}' has no effect: {recipe.merge_method} uses no base in slices."
 
 
 def _defaults_unlike_mergekits(recipe: Recipe) -> Iterator[str]:
@@ -56,6 +72,14 @@ def _defaults_unlike_mergekits(recipe: Recipe) -> Iterator[str]:
                 f"'rescale' is not given: {recipe.merge_method} divides what it keeps by the probability of keeping it,"
                 " as its paper does; mergekit restores the tensor's L1 norm. Write 'rescale: expectation' or"
                 " 'rescale: l1' to choose."
+            )
+        weights = [anchor for chain in part.clauses.get("weight", ()) for c in chain for anchor in c.anchors]
+        divided_by_mergekit = recipe.merge_method in ("ties", "della") and any(weight != 1 for weight in weights)
+        if divided_by_mergekit and "normalize" not in given and len(part.models) == 1:
+            yield (
+                f"'normalize' is not given: {recipe.merge_method} of one task vector takes its weight as it is;"
+                " mergekit divides by the weight, so that it cancels. Write 'normalize: false' or"
+                " 'normalize: true' to choose."
             )
         summed_by_mergekit = recipe.merge_method in ("dare_ties", "breadcrumbs_ties")
         if summed_by_mergekit and normalize is not None and "normalize" not in given and len(part.models) > 1:

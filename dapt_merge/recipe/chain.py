@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dapt_merge.checkpoints.references import split_architecture
 from dapt_merge.errors import InputError
 from dapt_merge.recipe.reading import build_recipe, load_recipe, read_documents
 from dapt_merge.recipe.schema import Recipe
@@ -94,6 +95,7 @@ def _result(documents: Sequence[Mapping[str, Any]], names: Sequence[str | None],
     if None in names:
         return None
     mentioned = {text for document in documents for text in _texts({**document, "name": None})}
+    mentioned |= {split_architecture(text)[0] for text in mentioned}
     mentioned |= {text.rpartition("+")[0] for text in mentioned}
     free = [name for name in names if name not in mentioned]
     if len(free) != 1:
@@ -143,4 +145,5 @@ def _in_order(recipes: Mapping[str | None, NamedRecipe], final: str | None, path
 def _used(recipe: Recipe) -> set[str]:
     members = {member for e in recipe.entries() if e.average for member in e.average.checkpoints or ()}
     named = {*recipe.references(), *members, *(recipe.vocabulary.models() if recipe.vocabulary else ())}
+    named |= {split_architecture(reference)[0] for reference in named}
     return named | {reference.rpartition("+")[0] for reference in named}  # the model under an adapter

@@ -11,6 +11,7 @@ from typing import Any
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Method
 from dapt_merge.methods.registry import get_method
+from dapt_merge.recipe.parts import is_of_another_method, unknown_parameter
 from dapt_merge.recipe.reading import build_recipe
 from dapt_merge.recipe.schema import Recipe
 
@@ -53,6 +54,8 @@ def make_recipe(
             content[name] = value
             continue
         parameter = declared.parameter(name)
+        if is_of_another_method(name, declared):  # a file from elsewhere may hold it; whoever writes it here errs
+            raise unknown_parameter(name, declared, f"arguments: {name}")
         if parameter is not None and parameter.per_model:
             # Written under each model: there it says whose weight it is, also to mergekit's `linear`.
             entries = _entries_meant(content, declared, value, len(dapt))

@@ -27,6 +27,26 @@ INERT_PARAMETERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "density": ("nothing is dropped; in mergekit too", ("task_arithmetic",)),
     "rescale": ("nothing is dropped, so there is nothing to make up for; in mergekit too", ("task_arithmetic",)),
 }
+# mergekit passes over a parameter that its method does not have, and recipes are copied from one method to another. So
+# the parameters of its other methods are taken and reported; a name that none of them has is a mistake.
+_MERGEKITS_PARAMETERS = (
+    *("alpha", "density", "eps", "epsilon", "filter_wise", "gamma", "lambda", "max_iter", "normalize", "r", "rescale"),
+    *("normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "scale", "select_topk", "t", "tol", "weight"),
+)
+_MERGEKITS_METHODS = (
+    *(
+        "arcee_fusion",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "dare_linear",
+        "dare_ties",
+        "della",
+        "della_linear",
+        "karcher",
+    ),
+    *("linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp"),
+    *("task_arithmetic", "ties"),
+)
 Clauses = dict[str, tuple[Clause, ...]]
 
 
@@ -240,8 +260,7 @@ def _slice(recipe: Recipe, section: Section, index: int, shared: Sequence[Clause
 def _bases_of_slice(recipe: Recipe, definition: Slice, entries: Sequence[PartInput], where: str) -> list[PartInput]:
     """Return the source that is θ₀, or none for a method that takes none."""
     method, named = recipe.method, definition.base_model or recipe.base_model
-    averaged = method.base == "unused" or method.name == "linear"
-    listed = [] if averaged else [entry for entry in entries if same_model(entry.model, named)]
+    listed = [] if takes_no_base_in_slices(method) else [entry for entry in entries if same_model(entry.model, named)]
     if not listed and method.base == "required":
         raise InputError(
             f"{method.name} needs a base in every slice, and none of this one's sources is it"
@@ -284,16 +303,19 @@ def _check_slice(recipe: Recipe, definition: Slice, where: str) -> None:
                 where=f"{where}.sources.{index}.layer_range",
                 remedy="Give every source of a slice the same number of layers.",
             )
-    if definition.base_model is None:
+    if definition.base_model is None or takes_no_base_in_slices(recipe.method):
         return
-    averaged = recipe.method.base == "unused" or recipe.method.name == "linear"
-    if averaged or not any(same_model(source.model, definition.base_model) for source in definition.sources):
+    if not any(same_model(source.model, definition.base_model) for source in definition.sources):
         raise InputError(
-            f"the slice's base_model '{definition.base_model}' has no effect: "
-            + (f"{recipe.method.name} uses no base" if averaged else "it is not one of the slice's sources"),
+            f"the slice's base_model '{definition.base_model}' has no effect: it is not one of the slice's sources",
             where=f"{where}.base_model",
-            remedy="Remove it." if averaged else "Add it to the sources with its layer_range, or remove it.",
+            remedy="Add it to the sources with its layer_range, or remove it.",
         )
+
+
+def takes_no_base_in_slices(method: Method) -> bool:
+    """Say whether every source of a slice counts as a model, whichever is named as the base."""
+    return method.base == "unused" or method.name == "linear"
 
 
 def _check_count(method: Method, count: int, where: str) -> None:
@@ -327,18 +349,13 @@ def _compile(
 
 def _read_parameters(raw: Mapping[str, Any], method: Method, where: str, *, own: bool) -> Clauses:
     """Read one `parameters:` block; `own` says that it belongs to one model."""
-    known = [parameter.name for parameter in method.parameters]
     clauses = {}
     for name, value in raw.items():
         if is_inert(name, method):
             continue
         parameter = method.parameter(name)
         if parameter is None:
-            raise InputError(
-                f"{method.name} has no parameter '{name}'.{nearest(name, known)}",
-                where=f"{where}.{name}",
-                remedy=f"Its parameters are: {', '.join(known)}." if known else "It has no parameters.",
-            )
+            raise unknown_parameter(name, method, f"{where}.{name}")
         if own and not parameter.per_model:
             raise InputError(
                 f"'{name}' of {method.name} holds for the whole merge, not for one model",
@@ -351,10 +368,27 @@ def _read_parameters(raw: Mapping[str, Any], method: Method, where: str, *, own:
 
 def is_inert(name: str, method: Method) -> bool:
     """Say whether mergekit takes a parameter for a method that it cannot change the result of."""
-    if name not in INERT_PARAMETERS or method.parameter(name) is not None:
+    if method.parameter(name) is not None:
         return False
-    _, methods = INERT_PARAMETERS[name]
-    return not methods or method.name in methods
+    _, methods = INERT_PARAMETERS.get(name, ("", ("",)))
+    return not methods or method.name in methods or is_of_another_method(name, method)
+
+
+def is_of_another_method(name: str, method: Method) -> bool:
+    """Say whether a parameter is one of mergekit's other methods, and this method, which mergekit has, lacks it."""
+    foreign = name in _MERGEKITS_PARAMETERS and method.name in _MERGEKITS_METHODS
+    explained = method.name in INERT_PARAMETERS.get(name, ("", ()))[1]
+    return foreign and not explained and method.parameter(name) is None
+
+
+def unknown_parameter(name: str, method: Method, where: str) -> InputError:
+    """Return the error for a parameter that a method does not have."""
+    known = [parameter.name for parameter in method.parameters]
+    return InputError(
+        f"{method.name} has no parameter '{name}'.{nearest(name, known)}",
+        where=where,
+        remedy=f"Its parameters are: {', '.join(known)}." if known else "It has no parameters.",
+    )
 
 
 def _missing(parameter: Parameter, method: Method, model: str | None) -> InputError:

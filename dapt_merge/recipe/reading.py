@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dapt_merge import yaml_files
+from dapt_merge.checkpoints.references import split_architecture, with_architecture
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.recipe.schema import (
@@ -174,28 +175,50 @@ def _at(content: Any, path: Sequence[str]) -> Any:
 
 
 def _shorten_references(content: MutableMapping[str, Any]) -> None:
-    """Write references in mergekit's long form ({model: {path, revision}, lora: …}) as `path@revision+adapter`."""
+    """Write references in mergekit's long form ({model: {path, revision}, lora: …}) as texts; see `references`."""
     for path in ([], *_parameter_blocks(content)):
         entry = _at(content, path)
         for key in ("base_model", "model", "tokenizer_source"):
             if isinstance(entry.get(key), Mapping):
                 entry[key] = _short(entry[key], ".".join([*path, key]))
     block = content.get("tokenizer")
-    if isinstance(block, MutableMapping) and isinstance(block.get("source"), Mapping):
+    if not isinstance(block, MutableMapping):
+        return
+    if isinstance(block.get("source"), Mapping):
         block["source"] = _short(block["source"], "tokenizer.source")
+    tokens = block.get("tokens")
+    for token, entry in tokens.items() if isinstance(tokens, Mapping) else ():
+        source = entry.get("source") if isinstance(entry, MutableMapping) else None
+        where = f"tokenizer.tokens.{token}.source"
+        if isinstance(source, Mapping) and source and set(source) <= set(_LONG_FORM):
+            entry["source"] = _short(source, where)
+        elif isinstance(source, MutableMapping) and isinstance(source.get("model"), Mapping):
+            source["model"] = _short(source["model"], f"{where}.model")
+
+
+_LONG_FORM = ("model", "lora", "override_architecture")
 
 
 def _short(reference: Mapping[str, Any], where: str) -> str:
-    known = {"model": reference.get("model"), "lora": reference.get("lora")}
-    unknown = [key for key, value in reference.items() if key not in known and value is not None]
-    if unknown or known["model"] is None:
-        what = f"a model's long form has no '{unknown[0]}' here" if unknown else "this model has no 'model:' in it"
+    paths = {"model": reference.get("model"), "lora": reference.get("lora")}
+    unknown = [str(key) for key, value in reference.items() if key not in _LONG_FORM and value is not None]
+    if unknown or paths["model"] is None:
+        hint = nearest(unknown[0], _LONG_FORM) if unknown else ""
+        what = f"a model's long form has no '{unknown[0]}'.{hint}" if unknown else "this model has no 'model:' in it"
         raise InputError(
             what,
             where=where,
             remedy="Write 'model: PATH', 'model: PATH@REVISION' or 'model: PATH+ADAPTER'.",
         )
-    return "+".join(_short_path(part, f"{where}.{key}") for key, part in known.items() if part is not None)
+    architecture = reference.get("override_architecture")
+    if architecture is not None and not (isinstance(architecture, str) and architecture.isidentifier()):
+        raise InputError(
+            f"expected the name of a model class, found {yaml_files.kind_of(architecture)}",
+            where=f"{where}.override_architecture",
+            remedy="Write for example 'override_architecture: LlamaForCausalLM'.",
+        )
+    short = "+".join(_short_path(part, f"{where}.{key}") for key, part in paths.items() if part is not None)
+    return with_architecture(short, architecture)
 
 
 def _short_path(part: Any, where: str) -> str:
@@ -233,6 +256,9 @@ def _replace_paths(content: MutableMapping[str, Any], locate: Callable[[str], st
     def replaced(reference: Any) -> Any:
         if not isinstance(reference, str) or not reference:
             return reference
+        plain, architecture = split_architecture(reference)
+        if architecture is not None:
+            return with_architecture(replaced(plain), architecture)
         found = locate(reference)
         if found == reference and "+" in reference and not os.path.exists(reference):  # model+adapter
             model, _, adapter = reference.rpartition("+")
@@ -291,8 +317,13 @@ def _file_parameters(content: Mapping[str, Any]) -> list[str]:
 
 
 def _remedy_at(location: tuple[int | str, ...]) -> str | None:
-    """Return where a model's own parameter belongs, for one that was written beside the model."""
+    """Return where a model's own parameter, or its range of layers, belongs that was written beside the model."""
     *parents, name = map(str, location)
+    if name == "layer_range" and "models" in parents:
+        return (
+            "Whole models are merged here (mergekit passes over the range): remove it; to merge some of the layers,"
+            " write 'slices: [{sources: [{model: …, layer_range: …}, …]}]' instead of 'models'."
+        )
     if not parents or name not in ("weight", "density"):
         return None
     return f"Put it under the model's 'parameters:' ({'.'.join([*parents, 'parameters', name])})."

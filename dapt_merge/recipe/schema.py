@@ -50,6 +50,10 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+# mergekit reads numbers that are written as texts ("8") or with a point (8.0) too.
+WholeNumber = Annotated[int, Field(strict=False)]
+Number = Annotated[float, Field(strict=False)]
+
 # A key whose lines are all commented out is there and holds nothing.
 Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
@@ -124,7 +128,7 @@ class ModelInput(BaseModel):
 class SliceSource(ModelInput):
     """One entry under a slice's `sources:`: the layers of a checkpoint from the first up to, not with, the second."""
 
-    layer_range: list[int] = Field(min_length=2, max_length=2)
+    layer_range: list[WholeNumber] = Field(min_length=2, max_length=2)
 
     @field_validator("layer_range")
     @classmethod
@@ -146,7 +150,7 @@ class Slice(BaseModel):
     sources: list[SliceSource] = Field(min_length=1)
     base_model: str | None = Field(default=None, min_length=1)
     # mergekit reads it and uses it nowhere.
-    residual_weight: float | None = None
+    residual_weight: Number | None = None
     parameters: Parameters = Field(default_factory=dict)
 
 

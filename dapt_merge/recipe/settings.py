@@ -27,6 +27,11 @@ Scalar = float | bool | str
 # In a setting by group: the tensors of none of the groups that it names.
 REST = "rest"
 _ENTRY_KEYS = ("filter", "group", "value")
+# What mergekit takes for a flag where YAML gives a text.
+_FLAGS_IN_QUOTES = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ def _as_meant(raw: Scalar, parameter: Parameter) -> Scalar:
         except ValueError:
             return raw
     takes_flags = parameter.kind == "flag" or any(isinstance(choice, bool) for choice in parameter.choices)
+    if takes_flags and isinstance(raw, str) and raw not in parameter.choices:
+        return _FLAGS_IN_QUOTES.get(raw.lower(), raw)
     if takes_flags and not isinstance(raw, bool | str) and raw in (0, 1):
         return bool(raw)
     return raw

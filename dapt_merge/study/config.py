@@ -228,9 +228,10 @@ def _base(base: str, beside: Path, where: str) -> str:
     try:
         return str(_find(base, beside, f"{where}: base"))
     except InputError:
-        from dapt_merge.checkpoints.hub import looks_like_hub_id
+        from dapt_merge.checkpoints.hub import is_cached, looks_like_hub_id
 
-        if looks_like_hub_id(base):
+        # A name alone is rather a folder's: it counts as the hub's when the model was downloaded before.
+        if looks_like_hub_id(base) and ("/" in base or is_cached(base)):
             return base
         raise
 

@@ -505,5 +505,6 @@ def space_warnings(space: Space) -> list[str]:
         if {"weight", "lambda"} <= set(parameters):
             found.append(f"{method}: with one task vector only the product of weight and lambda matters")
     for point in points_in(space):
-        found += [f"{point['method']}: {warning}" for warning in recipe_warnings(to_recipe(space, point))]
+        warnings = recipe_warnings(to_recipe(space, point), defaults_of_mergekit=False)
+        found += [f"{point['method']}: {warning}" for warning in warnings]
     return found

@@ -130,6 +130,43 @@ def test_the_cache_is_where_the_environment_says_it_is(tmp_path):
     assert found.stdout == "[1.0, 1.0]\n"
 
 
+@pytest.mark.parametrize("reference", ["camembert-base", "camembert-base@main", "camembert-base@v1.0"])
+def test_a_hub_id_may_have_no_organisation(cache, reference):
+    fill_cache(cache, name="camembert-base")
+    assert open_checkpoint(reference).config["revision_number"] == (1 if reference.endswith("v1.0") else 0)
+
+
+def test_a_folder_goes_before_a_hub_model_of_its_name(cache, tmp_path, monkeypatch):
+    fill_cache(cache, name="gpt2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    save_file({"w": torch.full((2,), 7.0)}, tmp_path / "gpt2" / "model.safetensors")
+    assert open_checkpoint("gpt2").read("w").tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("reference", ["medcial", "runs/medcial"])
+def test_a_mistyped_folder_names_the_nearest_one(cache, tmp_path, monkeypatch, reference):
+    monkeypatch.chdir(tmp_path)
+    for name in ("medical", "runs/medical"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="there is no such folder") as error:
+        open_checkpoint(reference)
+    assert "Did you mean 'medical'?" in error.value.what
+    assert "the offline cache of the model hub gave none" in error.value.what
+    assert f"hf download {reference}" in str(error.value.remedy)
+
+
+def test_a_folder_has_no_revisions(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "medical").mkdir()
+    with pytest.raises(InputError, match="only a model of the hub has revisions") as error:
+        open_checkpoint("medical@v1.0")
+    assert "Leave '@v1.0' out" in str(error.value.remedy)
+
+
 def test_paths_are_no_hub_ids():
-    for name in ("./a", "../a/b", "/a/b", "a", "a/b/c", "a/b@", "C:\\a", "a/b@ c"):
+    for name in (
+        *("./a", "../a/b", "/a/b", "a/b/c", "a/b@", "C:\\a", "a/b@ c", "a@", "a b", ".a", "-a", "a..b", "a--b", "a-"),
+        *("model.safetensors", "model.gguf", "pytorch_model.bin", "recipe.yaml", ""),
+    ):
         assert not looks_like_hub_id(name), name

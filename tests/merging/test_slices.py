@@ -157,7 +157,8 @@ class TestRefusals:
             plan_merge(load_recipe(content))
 
     def test_a_slices_base_that_cannot_act_is_told(self):
-        content = passthrough(("a", (0, 2)))
+        content = {"merge_method": "ties", "base_model": "a", "parameters": {"weight": 1}, "slices": [{"sources": []}]}
+        content["slices"][0]["sources"] = [{"model": m, "layer_range": [0, 2]} for m in "ac"]
         content["slices"][0]["base_model"] = "b"
         with pytest.raises(InputError, match="has no effect"):
             load_recipe(content)

@@ -8,6 +8,7 @@ import yaml
 from dapt_merge.recipe import load_recipe, recipe_warnings
 
 ONE = "base_model: b\nmodels: [{model: d, parameters: {weight: 0.3}}]\n"
+OURS = "parameters: {normalize: false}\n"
 TWO = "base_model: b\nmodels: [{model: d}, {model: e}]\n"
 
 
@@ -18,7 +19,8 @@ def warnings(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "text",
     [
-        "merge_method: ties\n" + ONE,
+        "merge_method: ties\n" + ONE + OURS,
+        "merge_method: ties\n" + ONE.replace("0.3", "1"),
         "merge_method: ties\nparameters: {weight: 0.5, density: 0.3}\n" + TWO,
         "merge_method: linear\n" + ONE,
         "merge_method: linear\nmodels: [{model: b}, {model: d}]\nparameters: {weight: 1}\n",
@@ -54,16 +56,16 @@ def test_int8_mask_is_taken_and_reported():
 
 def test_the_bases_own_parameters_are_reported_where_they_cannot_act():
     text = "merge_method: ties\nbase_model: b\nmodels: [{model: b, parameters: {weight: 0.5}}, {model: d}]\n"
-    found = warnings(text + "parameters: {weight: 0.5}\n")
+    found = warnings(text + "parameters: {weight: 0.5, normalize: false}\n")
     assert len(found) == 1
     assert "models.0.parameters has no effect" in found[0]
 
 
 def test_a_global_setting_that_every_model_overrules_is_reported():
-    found = warnings("merge_method: ties\nparameters: {weight: 0.9}\n" + ONE)
+    found = warnings("merge_method: ties\nparameters: {weight: 0.9, normalize: false}\n" + ONE)
     assert found == ["parameters.weight has no effect: every model has its own 'weight'."]
     own = "models: [{model: d, parameters: {weight: [{filter: mlp, value: 0.1}]}}]\n"
-    assert warnings("merge_method: ties\nbase_model: b\nparameters: {weight: 0.9}\n" + own) == []
+    assert warnings("merge_method: ties\nbase_model: b\nparameters: {weight: 0.9, normalize: false}\n" + own) == []
 
 
 def test_linear_with_a_global_weight_and_an_unlisted_base_is_told_apart_from_mergekits():
@@ -116,6 +118,42 @@ def test_a_division_that_mergekit_does_not_do_is_told_until_the_recipe_chooses(m
     text = f"merge_method: {method}\n{TWO}parameters: {{weight: 0.5, density: 0.5, rescale: l1"
     assert ["normalize" in warning for warning in warnings(text + "}\n")] == [True]
     assert warnings(text + ", normalize: true}\n") == []
+
+
+@pytest.mark.parametrize("method", ["ties", "della"])
+def test_a_weight_that_cancels_in_mergekit_and_not_here_is_told_until_the_recipe_chooses(method):
+    """Of one task vector; of several, both engines divide."""
+    text = f"merge_method: {method}\nparameters: {{density: 0.5, rescale: true"
+    found = warnings(f"{text}}}\n{ONE}")
+    assert len(found) == 1
+    assert "mergekit divides by the weight" in found[0]
+    assert warnings(f"{text}, normalize: false}}\n{ONE}") == []
+    assert warnings(f"{text}}}\n{ONE.replace('0.3', '1.0')}") == []
+    assert not any("mergekit divides" in warning for warning in warnings(f"{text}, weight: 0.5}}\n{TWO}"))
+
+
+@pytest.mark.parametrize(("method", "name"), [("nearswap", "density"), ("linear", "lambda"), ("slerp", "normalize")])
+def test_a_parameter_of_another_method_of_mergekits_is_taken_and_reported(method, name):
+    own = {"nearswap": "t: 0.1", "linear": "weight: 1", "slerp": "t: 0.5"}[method]
+    base = "" if method == "linear" else "base_model: b\n"
+    text = f"merge_method: {method}\n{base}models: [{{model: d}}]\nparameters: {{{own}, {name}: 0.5}}\n"
+    assert warnings(text) == [f"'{name}' has no effect here: {method} has no such parameter; mergekit passes over it."]
+
+
+def test_mergekits_methods_and_parameters_are_those_that_are_taken():
+    from mergekit.merge_methods import registry
+
+    from dapt_merge.recipe import parts
+
+    assert set(parts._MERGEKITS_METHODS) == set(registry._METHODS)
+    named = {parameter.name for method in registry._METHODS.values() for parameter in method.spec.parameters}
+    assert {*parts._MERGEKITS_PARAMETERS, "int8_mask"} == named
+
+
+def test_a_slices_base_that_no_method_asks_for_is_taken_and_reported():
+    source = "{sources: [{model: a, layer_range: [0, 1]}], base_model: b}"
+    found = warnings(f"merge_method: passthrough\nslices: [{source}]\n")
+    assert found == ["the slice's base_model 'b' has no effect: passthrough uses no base in slices."]
 
 
 @pytest.mark.parametrize("setting", ["density: 0.5", "rescale: true", "int8_mask: true"])

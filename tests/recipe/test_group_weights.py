@@ -25,6 +25,7 @@ INPUTS = {"b": "xxh3:01", "d": "xxh3:02"}
 
 def recipe(own, **parameters):
     models = [{"model": "d", "parameters": {"weight": own}}]
+    parameters = {"normalize": False, **parameters}
     return load_recipe({"merge_method": "ties", "base_model": "b", "models": models, "parameters": parameters})
 
 

@@ -318,3 +318,103 @@ class TestOverrides:
     def test_each_bad_override_is_told(self, override, what):
         with pytest.raises(InputError, match=what.replace("?", r"\?")):
             load_recipe(self.content(), [override])
+
+
+def references(model):
+    return load_recipe({"merge_method": "passthrough", "models": [{"model": model}]}).references()
+
+
+class TestReferences:
+    @pytest.mark.parametrize(
+        ("long", "short"),
+        [
+            ({"model": "a"}, "a"),
+            ({"model": {"path": "a"}}, "a"),
+            ({"model": {"path": "a", "revision": "v1"}}, "a@v1"),
+            ({"model": "a", "lora": "b"}, "a+b"),
+            ({"model": {"path": "a", "revision": None}, "lora": {"path": "b", "revision": "v2"}}, "a+b@v2"),
+            ({"model": "a@v1", "lora": "b@v2"}, "a@v1+b@v2"),
+            ({"model": "a", "override_architecture": None}, "a"),
+            ({"model": "a", "lora": "b", "override_architecture": "C"}, "a+b?override_architecture=C"),
+        ],
+    )
+    def test_a_long_form_is_the_text_that_it_stands_for(self, long, short):
+        assert references(long) == references(short) == (short,)
+
+    @pytest.mark.parametrize(
+        ("long", "what", "where"),
+        [
+            ({"lora": "b"}, "no 'model:' in it", "models.0.model"),
+            ({"model": "a", "lroa": "b"}, "no 'lroa'. Did you mean 'lora'?", "models.0.model"),
+            ({"model": {"path": 3}}, "expected a path", "models.0.model.model"),
+            ({"model": "a", "override_architecture": 3}, "name of a model class", "models.0.model.override_arch"),
+            ({"model": "a", "override_architecture": "a b"}, "name of a model class", "models.0.model.override_arch"),
+        ],
+    )
+    def test_a_long_form_that_is_none_is_told_with_its_place(self, long, what, where):
+        with pytest.raises(InputError) as caught:
+            references(long)
+        assert what in caught.value.what
+        assert where in caught.value.where
+
+    def test_each_path_in_a_text_is_looked_for_beside_the_recipe(self, file, tmp_path, monkeypatch):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.chdir(elsewhere)
+        (tmp_path / "b").mkdir()
+        model = "{model: lab/a@v1, lora: b, override_architecture: C}"
+        recipe = load_recipe(file(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n"))
+        assert recipe.references() == (f"lab/a@v1+{tmp_path / 'b'}?override_architecture=C",)
+
+    def test_mergekit_gets_a_stated_architecture_in_its_own_words(self):
+        from mergekit.config import MergeConfiguration
+
+        from dapt_merge.merging.mergekit_engine import mergekit_content
+
+        model = {"model": "a@v1", "lora": "b", "override_architecture": "C"}
+        recipe = load_recipe({"merge_method": "passthrough", "models": [{"model": model}]})
+        (found,) = MergeConfiguration.model_validate(mergekit_content(recipe)).referenced_models()
+        assert (str(found), found.override_architecture) == ("a@v1+b", "C")
+
+
+class TestLaxValues:
+    """What mergekit takes as a number or a flag, whatever its type in YAML."""
+
+    @pytest.mark.parametrize("given", [["0", "8"], [0.0, 8.0], ["0", 8]])
+    def test_a_layer_range(self, given):
+        sources = [{"model": "a", "layer_range": given}]
+        recipe = load_recipe({"merge_method": "passthrough", "slices": [{"sources": sources, "residual_weight": "1"}]})
+        assert recipe.slices[0].sources[0].layer_range == [0, 8]
+        assert recipe.slices[0].residual_weight == 1.0
+
+    @pytest.mark.parametrize("given", [["0", "half"], [0.5, 8], [0, None]])
+    def test_a_layer_range_that_is_none_is_told_with_its_place(self, given):
+        sources = [{"model": "a", "layer_range": given}]
+        with pytest.raises(InputError, match="a whole number is expected") as caught:
+            load_recipe({"merge_method": "passthrough", "slices": [{"sources": sources}]})
+        assert "slices.0.sources.0.layer_range" in caught.value.where
+
+    @pytest.mark.parametrize(
+        ("given", "flag"), [("true", True), ("Yes", True), ("on", True), ("1", True), ("FALSE", False), ("0", False)]
+    )
+    def test_a_flag_in_quotes(self, given, flag):
+        parameters = {"weight": "1", "normalize": given, "rescale": given, "density": "5e-1"}
+        content = {"merge_method": "ties", "base_model": "b", "models": [{"model": "d"}], "parameters": parameters}
+        clauses = load_recipe(content).parts[0].clauses
+        assert [clauses[name][0][0].anchors for name in ("normalize", "rescale")] == [(flag,), (flag,)]
+        assert clauses["density"][0][0].anchors == (0.5,)
+
+    def test_the_settings_of_a_token(self):
+        entry = {"source": {"kind": "model_token", "model": {"model": "d"}, "token_id": "3"}, "force": "yes"}
+        block = {"source": "base", "tokens": {"<x>": entry}, "pad_to_multiple_of": "64"}
+        content = {"merge_method": "linear", "base_model": "b", "models": [{"model": "d"}], "tokenizer": block}
+        settings = load_recipe({**content, "parameters": {"weight": 1}}).tokenizer
+        assert settings.pad_to_multiple_of == 64
+        assert settings.tokens["<x>"].token_id == 3
+        assert settings.tokens["<x>"].force is True
+        assert settings.tokens["<x>"].model == "d"
+
+    def test_a_range_of_layers_beside_a_whole_model_is_told_where_it_belongs(self, file):
+        error = told(file(VALID.replace("- model: d", "- model: d\n    layer_range: [0, 8]")))
+        assert "unknown key 'layer_range'" in error.what
+        assert "slices:" in error.remedy
