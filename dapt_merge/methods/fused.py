@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dapt_merge.methods.masks import keep_limits, mask_keys
@@ -95,6 +96,10 @@ class Program:
         places = np.array([place_of(tensor) for tensor in self._inputs], np.int64)
         self._addresses, self._codes = places[:, 0].copy(), places[:, 1].copy()
         self._packed = _packed(fused, operands)
+        in_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in self._inputs)
+        self._two_of_bfloat16 = (
+            isinstance(fused, InputSum) and len(self._inputs) == 2 and in_bfloat16 and 0 not in fused.coefficients
+        )
 
     def run_elements(self, at_most: int) -> int:
         """Return how many elements to ask for at a time: `at_most`, or as many as make whole rows."""
@@ -110,19 +115,18 @@ class Program:
         Returns:
             What rounding lost (of a 16-bit output, else zeros); None where an input or a result is NaN or infinite.
         """
+        finite, updated, lost = self._merge(begin, out)
+        return RoundingLoss(updated, lost) if finite else None
+
+    def _merge(self, begin: int, out: Tensor) -> tuple[bool, int, int]:
         from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
 
+        arguments, (address, code), row = self._packed.arguments, place_of(out), self._packed.row
+        if code == kernels.BFLOAT16 and self._two_of_bfloat16:
+            return kernels.merge_two_of_bfloat16(self._addresses, begin, out.numel(), address, *arguments)
         merge = kernels.merge_inputs if self._packed.of_inputs else kernels.merge_task_vectors
-        finite, updated, lost = merge(
-            self._addresses,
-            self._codes,
-            begin,
-            out.numel(),
-            *place_of(out),
-            self._packed.row * max(1, kernels.RUN_ELEMENTS // self._packed.row),
-            *self._packed.arguments,
-        )
-        return RoundingLoss(updated, lost) if finite else None
+        run = row * max(1, kernels.RUN_ELEMENTS // row)
+        return merge(self._addresses, self._codes, begin, out.numel(), address, code, run, *arguments)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,9 @@ def _packed(fused: Fused, operands: Operands) -> _Packed:
     row = next((len(thinning.probabilities) for thinning in fused.thinnings if isinstance(thinning, ByRank)), 1)
     kinds, bands = np.zeros((voters, 3), np.int64), np.zeros((voters, 6), np.int64)
     keys = np.zeros((voters, 1 + (operands.numel - 1 >> 32), 2), np.uint32)
-    limits, probabilities = np.zeros((voters, row), np.uint32), np.ones((voters, row), np.float32)
+    limits, probabilities = None, None
+    if any(isinstance(thinning, ByRank) for thinning in fused.thinnings):
+        limits, probabilities = np.zeros((voters, row), np.uint32), np.ones((voters, row), np.float32)
     factors = np.ones(voters, np.float32)
     for place, thinning in enumerate(fused.thinnings):
         if thinning is None:
@@ -160,6 +166,8 @@ def _packed(fused: Fused, operands: Operands) -> _Packed:
             else:
                 kinds[place, 0] = kernels.BY_RANK
                 kinds[place, 2] = thinning.factor is None
+                assert limits is not None
+                assert probabilities is not None
                 limits[place] = (keep_limits(thinning.probabilities) - 1).numpy()
                 probabilities[place] = thinning.probabilities.float().numpy()
         if thinning.factor is not None:

@@ -50,6 +50,32 @@ def _compiled(function: Function) -> Function:
         return numba.njit(function, **options)  # type: ignore[no-any-return]
 
 
+def _part(function: Function) -> Function:
+    """Compile as a part of what calls it: not kept by itself, and not to be called from Python, which saves time."""
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    return numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits(typing_context: Any, value: Any) -> Any:
+    """A float32 as its bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float(typing_context: Any, bits: Any) -> Any:
+    """The float32 of these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _pointer(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -61,78 +87,79 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 # --- widening and rounding ---------------------------------------------------------------------------------------
 
 
-@_compiled
+@_part
 def _magnitude(value: Any) -> Any:
     """Return the bits of |value|, which order like the magnitudes."""
-    return np.uint32(np.float32(value).view(np.uint32) & _MAGNITUDE)
+    return np.uint32(_bits(np.float32(value)) & _MAGNITUDE)
 
 
-@_compiled
+@_part
 def _from_bfloat16(stored: Any) -> Any:
-    return np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return _float(np.uint32(np.uint32(stored) << np.uint32(16)))
 
 
-@_compiled
+@_part
 def _widen(address: int, code: int, start: int, values: Any) -> Any:
     """Write stored elements start… as float32; False when one of them is NaN or infinite."""
     count = values.size
-    bits = values.view(np.uint32)
     if code == BFLOAT16:
         short = carray(_pointer(address + 2 * start), (count,), np.uint16)
         largest = np.uint16(0)
         for i in range(count):
-            bits[i] = np.uint32(short[i]) << np.uint32(16)
+            values[i] = _from_bfloat16(short[i])
             largest = max(largest, np.uint16(short[i] & np.uint16(0x7FFF)))
         return largest < np.uint16(0x7F80)
     if code == FLOAT16:
         short = carray(_pointer(address + 2 * start), (count,), np.uint16)
         largest = np.uint16(0)
         for i in range(count):
-            bits[i] = np.uint32(short[i] & np.uint16(0x7FFF)) << np.uint32(13)
+            values[i] = _float(np.uint32(np.uint32(short[i] & np.uint16(0x7FFF)) << np.uint32(13)))
             largest = max(largest, np.uint16(short[i] & np.uint16(0x7FFF)))
         for i in range(count):
             values[i] = values[i] * np.float32(2.0**112)  # from the bias of one exponent to that of the other: exact
         for i in range(count):
-            bits[i] = bits[i] | (np.uint32(short[i] & np.uint16(0x8000)) << np.uint32(16))
+            values[i] = _float(
+                np.uint32(_bits(values[i]) | np.uint32(np.uint32(short[i] & np.uint16(0x8000)) << np.uint32(16)))
+            )
         return largest < np.uint16(0x7C00)
     wide = carray(_pointer(address + 4 * start), (count,), np.uint32)
     greatest = np.uint32(0)
     for i in range(count):
-        bits[i] = wide[i]
+        values[i] = _float(wide[i])
         greatest = max(greatest, np.uint32(wide[i] & _MAGNITUDE))
     return greatest < _INFINITE
 
 
-@_compiled
+@_part
 def _bfloat16(value: Any) -> Any:
     """Return the bits of the bfloat16 nearest to a finite float32, ties to even."""
-    bits = np.float32(value).view(np.uint32)
+    bits = _bits(np.float32(value))
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     return np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
 
 
-@_compiled
+@_part
 def _float16(value: Any) -> Any:
     """Return the bits of the float16 nearest to a finite float32, ties to even."""
-    bits = np.float32(value).view(np.uint32)
+    bits = _bits(np.float32(value))
     magnitude = np.uint32(bits & _MAGNITUDE)
     odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
     normal = np.uint32(np.uint32(magnitude + np.uint32(odd + np.uint32(0xFFF))) - np.uint32(0x38000000))
     normal = min(np.uint32(normal >> np.uint32(13)), np.uint32(0x7C00))
     # The last place of 0.5 is that of float16's subnormals: the addition rounds to it.
-    subnormal = np.uint32(np.float32(abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+    subnormal = np.uint32(_bits(np.float32(abs(value) + np.float32(0.5))) - np.uint32(0x3F000000))
     near = normal if magnitude >= np.uint32(0x38800000) else subnormal
     return np.uint32(near | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
-@_compiled
+@_part
 def _differs(one: Any, other: Any) -> Any:
     """Say whether two 16-bit floats are different numbers; the zeros of either sign are one."""
     zeros = np.uint32(np.uint32(one | other) & np.uint32(0x7FFF)) == np.uint32(0)
     return (one != other) & (not zeros)
 
 
-@_compiled
+@_part
 def _store_bfloat16(values: Any, base: Any, out: Any) -> Any:
     largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
@@ -145,7 +172,7 @@ def _store_bfloat16(values: Any, base: Any, out: Any) -> Any:
     return largest < _INFINITE, updated, updated - kept
 
 
-@_compiled
+@_part
 def _store_float16(values: Any, base: Any, out: Any) -> Any:
     largest, greatest, updated, kept = np.uint32(0), np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
@@ -158,7 +185,7 @@ def _store_float16(values: Any, base: Any, out: Any) -> Any:
     return (largest < _INFINITE) & (greatest < np.uint32(0x7C00)), updated, updated - kept
 
 
-@_compiled
+@_part
 def _store_float32(values: Any, out: Any) -> Any:
     largest = np.uint32(0)
     for i in range(out.size):
@@ -167,7 +194,7 @@ def _store_float32(values: Any, out: Any) -> Any:
     return largest < _INFINITE
 
 
-@_compiled
+@_part
 def _store(values: Any, base: Any, address: int, code: int, start: int) -> Any:
     """Round to nearest into the output.
 
@@ -185,7 +212,7 @@ def _store(values: Any, base: Any, address: int, code: int, start: int) -> Any:
 # --- thinning ----------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@_part
 def _hashed(index: Any, first_key: Any, second_key: Any) -> Any:
     """Hash a 32-bit counter, as `masks` says."""
     state = np.uint32(index + first_key)
@@ -202,13 +229,13 @@ def _hashed(index: Any, first_key: Any, second_key: Any) -> Any:
     return np.uint32(state ^ np.uint32(state >> np.uint32(16)))
 
 
-@_compiled
+@_part
 def _subtract(model: Any, base: Any, factor: Any, delta: Any) -> None:
     for i in range(delta.size):
         delta[i] = (model[i] - base[i]) * factor
 
 
-@_compiled
+@_part
 def _subtract_and_hash(
     model: Any, base: Any, low: Any, first_key: Any, second_key: Any, highest: Any, factor: Any, delta: Any
 ) -> None:
@@ -217,7 +244,7 @@ def _subtract_and_hash(
         delta[i] = (model[i] - base[i]) * (np.float32(1) if kept else np.float32(0)) * factor
 
 
-@_compiled
+@_part
 def _subtract_and_drop(model: Any, base: Any, start: int, highest: int, keys: Any, factor: Any, delta: Any) -> None:
     """Keep the elements whose hash is at most `highest`."""
     limit, done = np.uint32(highest), 0
@@ -230,7 +257,7 @@ def _subtract_and_drop(model: Any, base: Any, start: int, highest: int, keys: An
         done = run.stop
 
 
-@_compiled
+@_part
 def _subtract_and_cut(model: Any, base: Any, least: Any, most: Any, factor: Any, delta: Any) -> None:
     """Keep the elements whose magnitude's bits are in [least, most]."""
     for i in range(delta.size):
@@ -240,7 +267,7 @@ def _subtract_and_cut(model: Any, base: Any, least: Any, most: Any, factor: Any,
         delta[i] = value * (np.float32(1) if kept else np.float32(0)) * factor
 
 
-@_compiled
+@_part
 def _subtract_and_band(model: Any, base: Any, start: int, band: Any, factor: Any, delta: Any) -> None:
     """Keep what the lower cutoff keeps and the upper one does not; each is (whether it is there, bits, last tied)."""
     begin, count = 0, delta.size
@@ -266,14 +293,14 @@ def _subtract_and_band(model: Any, base: Any, start: int, band: Any, factor: Any
         begin = end
 
 
-@_compiled
+@_part
 def _drop_hashed(delta: Any, low: Any, first_key: Any, second_key: Any, highest: Any) -> None:
     for i in range(delta.size):
         kept = _hashed(np.uint32(low + np.uint32(i)), first_key, second_key) <= highest[i]
         delta[i] = delta[i] * (np.float32(1) if kept else np.float32(0))
 
 
-@_compiled
+@_part
 def _typical_magnitude(values: Any) -> Any:
     """Return a power of two near the mean magnitude of a sample; 0 where that is 0."""
     step = values.size // _SAMPLED_OF_ROW + 1
@@ -281,21 +308,21 @@ def _typical_magnitude(values: Any) -> Any:
     for i in range(0, values.size, step):
         total = np.float32(total + abs(values[i]))
     mean = np.float32(total * np.float32(step) / np.float32(values.size))
-    return np.uint32(np.float32(mean).view(np.uint32) & _INFINITE).view(np.float32)
+    return _float(np.uint32(_bits(mean) & _INFINITE))
 
 
-@_compiled
-def _fill_buckets(bits: Any, typical: Any, shift: Any, last: Any, bucket_of: Any) -> Any:
+@_part
+def _fill_buckets(values: Any, typical: Any, shift: Any, last: Any, bucket_of: Any) -> Any:
     """Write which bucket each element of a row belongs to, the larger the higher, zeros in the first; and how many.
 
     With the typical magnitude added, the highest bits of a number grow with it in equal steps below that magnitude and
     with its logarithm above: few share a bucket, whatever the row looks like. Only speed depends on that.
     """
-    lowest = np.uint32(np.float32(typical).view(np.uint32) >> shift)
+    lowest = np.uint32(_bits(typical) >> shift)
     largest = np.uint32(0)
-    for i in range(bits.size):
-        magnitude = np.uint32(bits[i] & _MAGNITUDE)
-        moved = np.float32(magnitude.view(np.float32) + typical).view(np.uint32)
+    for i in range(values.size):
+        magnitude = _magnitude(values[i])
+        moved = _bits(np.float32(_float(magnitude) + typical))
         bucket = np.uint32(np.uint32(moved >> shift) - lowest)
         bucket = np.uint32(min(bucket, last) + np.uint32(magnitude != np.uint32(0)))
         bucket_of[i] = bucket
@@ -303,11 +330,12 @@ def _fill_buckets(bits: Any, typical: Any, shift: Any, last: Any, bucket_of: Any
     return np.int64(largest) + 1
 
 
-@_compiled
-def _place(bits: Any, bucket_of: Any, within: Any, starts: Any, placed: Any, order: Any) -> Any:
+@_part
+def _place(values: Any, bucket_of: Any, within: Any, starts: Any, placed: Any, order: Any) -> Any:
     """Write a row's magnitudes and indices by bucket, the highest first, and by index; return the most in a bucket."""
-    starts[:] = 0
-    for i in range(bits.size):
+    for back in range(starts.size):
+        starts[back] = np.uint32(0)
+    for i in range(values.size):
         held = starts[bucket_of[i]]
         within[i] = held
         starts[bucket_of[i]] = np.uint32(held + np.uint32(1))
@@ -318,26 +346,26 @@ def _place(bits: Any, bucket_of: Any, within: Any, starts: Any, placed: Any, ord
         starts[bucket] = before
         before = np.uint32(before + held)
         most = max(most, held)
-    for i in range(bits.size):
+    for i in range(values.size):
         place = np.uint32(starts[bucket_of[i]] + within[i])
-        placed[place] = np.uint32(bits[i] & _MAGNITUDE)
+        placed[place] = _magnitude(values[i])
         order[place] = np.uint32(i)
     return np.int64(most)
 
 
-@_compiled
+@_part
 def _move_back(earlier: Any, later: Any, ranks: Any) -> None:
     for i in range(earlier.size):
         ranks[i] = np.uint32(ranks[i] + np.uint32(later[i] > earlier[i]))
 
 
-@_compiled
+@_part
 def _move_forward(earlier: Any, later: Any, ranks: Any) -> None:
     for i in range(earlier.size):
         ranks[i] = np.uint32(ranks[i] - np.uint32(later[i] > earlier[i]))
 
 
-@_compiled
+@_part
 def _insert(placed: Any, order: Any) -> Any:
     """Sort what is nearly sorted, equal ones as they come; False where that takes too long."""
     moves_left = 32 * placed.size
@@ -356,28 +384,49 @@ def _insert(placed: Any, order: Any) -> Any:
     return True
 
 
-@_compiled
-def _sort_row(bits: Any, order: Any) -> None:
-    keys = np.empty(bits.size, np.int64)
-    for i in range(bits.size):
-        keys[i] = ((np.int64(_MAGNITUDE) - np.int64(bits[i] & _MAGNITUDE)) << 32) | i
-    keys.sort()
-    for i in range(bits.size):
-        order[i] = np.uint32(keys[i] & 0xFFFFFFFF)
+@_part
+def _sink(keys: Any, root: int, count: int) -> None:
+    """Let a key sink until no key below it in the heap is larger."""
+    key = keys[root]
+    while 2 * root + 1 < count:
+        child = 2 * root + 1
+        if child + 1 < count and keys[child + 1] > keys[child]:
+            child += 1
+        if keys[child] <= key:
+            break
+        keys[root] = keys[child]
+        root = child
+    keys[root] = key
 
 
-@_compiled
+@_part
+def _sort_row(values: Any, order: Any) -> None:
+    """Sort by a heap of (magnitude, index): the numbers are all different."""
+    count = values.size
+    keys = np.empty(count, np.int64)
+    for i in range(count):
+        keys[i] = ((np.int64(_MAGNITUDE) - np.int64(_magnitude(values[i]))) << 32) | i
+    for step in range(count // 2):
+        _sink(keys, count // 2 - 1 - step, count)
+    for step in range(count):
+        last = count - 1 - step
+        order[last] = np.uint32(keys[0] & 0xFFFFFFFF)
+        keys[0] = keys[last]
+        _sink(keys, 0, last)
+
+
+@_part
 def _rank_row(values: Any, shift: Any, starts: Any, scratch: Any, order: Any, ranks: Any) -> None:
     """Write a row's indices in some order, and the rank of each: the largest magnitude first, equal ones by index.
 
     Nearly every element has its rank once the buckets are filled. Within small buckets, all pairs are compared at a
     fixed distance, without a branch; large ones are mostly equal numbers, in which little has to be moved.
     """
-    bits, row = values.view(np.uint32), values.size
+    row = values.size
     bucket_of, within, placed = scratch[0], scratch[1], scratch[2]
     last = np.uint32(starts.size - 2)
-    buckets = _fill_buckets(bits, np.float32(_typical_magnitude(values)), shift, last, bucket_of)
-    most = _place(bits, bucket_of, within, starts[:buckets], placed, order)
+    buckets = _fill_buckets(values, _typical_magnitude(values), shift, last, bucket_of)
+    most = _place(values, bucket_of, within, starts[:buckets], placed, order)
     for place in range(row):
         ranks[place] = np.uint32(place)
     if most <= _MOST_COMPARED:
@@ -385,10 +434,10 @@ def _rank_row(values: Any, shift: Any, starts: Any, scratch: Any, order: Any, ra
             _move_back(placed[: row - distance], placed[distance:], ranks)
             _move_forward(placed[: row - distance], placed[distance:], ranks[distance:])
     elif not _insert(placed, order):
-        _sort_row(bits, order)
+        _sort_row(values, order)
 
 
-@_compiled
+@_part
 def _drop_by_rank(delta: Any, start: int, row: int, limits: Any, probabilities: Any, divide: bool, keys: Any) -> None:
     """Keep each element of whole rows with the probability that its rank in its row has, and divide by that."""
     count = delta.size
@@ -418,18 +467,18 @@ def _drop_by_rank(delta: Any, start: int, row: int, limits: Any, probabilities: 
 # --- combining ---------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@_part
 def _on_chord(value: Any, fixed: Any, coefficient: Any) -> Any:
     return (value - fixed) * coefficient + fixed
 
 
-@_compiled
+@_part
 def _affine_two(values: Any, fixed: Any, coefficient: Any, merged: Any) -> None:
     for i in range(merged.size):
         merged[i] = _on_chord(values[i], fixed[i], coefficient)
 
 
-@_compiled
+@_part
 def _affine(inputs: Any, coefficients: Any, anchor: int, merged: Any) -> None:
     """Return θₐ + Σcᵢ(θᵢ − θₐ), the sum first, as `averaging.affine_combination`."""
     fixed = inputs[anchor]
@@ -452,10 +501,11 @@ def _affine(inputs: Any, coefficients: Any, anchor: int, merged: Any) -> None:
         for i in range(merged.size):
             merged[i] = merged[i] + fixed[i]
     else:
-        merged[:] = fixed
+        for i in range(merged.size):
+            merged[i] = fixed[i]
 
 
-@_compiled
+@_part
 def _sum(inputs: Any, coefficients: Any, merged: Any) -> None:
     """Return Σcᵢθᵢ in the order of the inputs."""
     first, of_first = inputs[0], np.float32(coefficients[0])
@@ -472,7 +522,7 @@ def _sum(inputs: Any, coefficients: Any, merged: Any) -> None:
             merged[i] = merged[i] + values[i] * coefficient
 
 
-@_compiled
+@_part
 def _scaled(base: Any, deltas: Any, scales: Any, merged: Any) -> None:
     """Return θ₀ + Σsᵢδᵢ, the sum first, as `task_arithmetic.add_scaled`."""
     if len(scales) == 1:
@@ -485,7 +535,7 @@ def _scaled(base: Any, deltas: Any, scales: Any, merged: Any) -> None:
         merged[i] = merged[i] + base[i]
 
 
-@_compiled
+@_part
 def _elected_two(
     base: Any, one: Any, other: Any, weights: Any, elect: int, normalize: bool, scale: Any, merged: Any
 ) -> None:
@@ -509,10 +559,11 @@ def _elected_two(
         merged[i] = total * sign / (divisor if divides else np.float32(1)) * scale + base[i]
 
 
-@_compiled
+@_part
 def _vote(deltas: Any, weights: Any, elect: int, votes: Any) -> None:
     """Multiply each task vector with its weight, and write +1 or −1, the elected sign, into `votes`."""
-    votes[:] = np.float32(0)
+    for i in range(votes.size):
+        votes[i] = np.float32(0)
     for position in range(len(weights)):
         delta, weight = deltas[position], np.float32(weights[position])
         if elect == UNWEIGHTED:
@@ -533,7 +584,7 @@ def _vote(deltas: Any, weights: Any, elect: int, votes: Any) -> None:
         votes[i] = np.float32(1) if votes[i] >= 0 else np.float32(-1)
 
 
-@_compiled
+@_part
 def _elected(base: Any, deltas: Any, weights: Any, elect: int, normalize: bool, scale: Any, merged: Any) -> None:
     """Return θ₀ + λ·m, as `ties.merge_elected`; `scale` is λ."""
     if len(weights) == 1:
@@ -543,9 +594,10 @@ def _elected(base: Any, deltas: Any, weights: Any, elect: int, normalize: bool, 
     if len(weights) == 2 and elect != COUNT:
         _elected_two(base, deltas[0], deltas[1], weights, elect, normalize, scale, merged)
         return
-    votes, divisor = np.empty(merged.size, np.float32), np.zeros(merged.size, np.float32)
+    votes, divisor = np.empty(merged.size, np.float32), np.empty(merged.size, np.float32)
     _vote(deltas, weights, elect, votes)
-    merged[:] = np.float32(0)
+    for i in range(merged.size):
+        merged[i], divisor[i] = np.float32(0), np.float32(0)
     for position in range(len(weights)):
         delta, weight = deltas[position], np.float32(weights[position])
         against = np.float32(-1) if elect == UNWEIGHTED and weight < 0 else np.float32(1)
@@ -564,7 +616,7 @@ def _elected(base: Any, deltas: Any, weights: Any, elect: int, normalize: bool, 
         merged[i] = merged[i] * scale + base[i]
 
 
-@_compiled
+@_part
 def _put_bfloat16(value: Any, base: Any, out: Any, i: int) -> Any:
     """Round to nearest into `out`; `base` is what the update starts from, as stored.
 
@@ -578,7 +630,7 @@ def _put_bfloat16(value: Any, base: Any, out: Any, i: int) -> Any:
     return largest, np.int32(value != _from_bfloat16(base)), np.int32(_differs(near, start))
 
 
-@_compiled
+@_part
 def _affine_of_bfloat16(values: Any, fixed: Any, base: Any, coefficient: Any, out: Any) -> Any:
     largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
@@ -592,7 +644,7 @@ def _affine_of_bfloat16(values: Any, fixed: Any, base: Any, coefficient: Any, ou
     return largest < _INFINITE, updated, updated - kept
 
 
-@_compiled
+@_part
 def _sum_of_bfloat16(base: Any, model: Any, of_base: Any, of_model: Any, out: Any) -> Any:
     largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
@@ -606,12 +658,13 @@ def _sum_of_bfloat16(base: Any, model: Any, of_base: Any, of_model: Any, out: An
 
 
 @_compiled
-def _merge_two_of_bfloat16(
+def merge_two_of_bfloat16(
     addresses: Any, begin: int, count: int, out_address: int, kind: int, coefficients: Any, anchor: int
 ) -> Any:
-    """Sum two inputs: nothing but bfloat16 from the first reading to the last writing, in one loop.
+    """Do what `merge_inputs` does for two inputs, neither with the coefficient 0, where all is stored as bfloat16.
 
-    Memory then sets the pace, which two loops over a buffer do not quite reach.
+    One loop goes from the reading to the writing. Memory then sets the pace, which two loops over a buffer do not quite
+    reach.
     """
     updated = lost = 0
     for start in range(begin, begin + count, _COUNTED):
@@ -664,9 +717,6 @@ def merge_inputs(
         (whether all inputs and results are finite, elements that the merge moves away from the first input, and those
         of them that rounding to a 16-bit output moves back)
     """
-    in_bfloat16 = out_code == BFLOAT16 and np.all(codes == BFLOAT16)
-    if in_bfloat16 and len(addresses) == 2 and np.all(coefficients != 0):
-        return _merge_two_of_bfloat16(addresses, begin, count, out_address, kind, coefficients, anchor)
     size = min(run, count)
     inputs, merged = np.empty((len(addresses), size), np.float32), np.empty(size, np.float32)
     updated = lost = 0
@@ -728,8 +778,9 @@ def merge_task_vectors(
         bands: one row per voter: (is there a cutoff, bits, last tied) of the lower and of the upper one (BAND).
         keys: uint32 [voter, element index // 2**32, 2].
         row: elements of a row (BY_RANK).
-        limits: uint32 [voter, row]: the highest hash that is kept, by rank.
-        probabilities: float32 [voter, row], by rank.
+        limits: uint32 [voter, row]: the highest hash that is kept, by rank. None where nothing is thinned by rank: the
+            loops for that are then not compiled.
+        probabilities: float32 [voter, row], by rank; or None.
         factors: float32, one per voter: what is left of it is multiplied with this.
         elect: WEIGHTED, UNWEIGHTED or COUNT (ELECTED).
         normalize: divide by the weights that agree (ELECTED).
@@ -760,14 +811,14 @@ def merge_task_vectors(
                 _subtract_and_drop(model, base, start, highest, keys[position], factor, delta)
             elif thinning[position, 0] == BAND:
                 _subtract_and_band(model, base, start, bands[position], factor, delta)
-            elif thinning[position, 0] == BY_RANK:
+            elif limits is None or thinning[position, 0] == WHOLE:
+                _subtract(model, base, factor, delta)
+            else:
                 _subtract(model, base, np.float32(1), delta)
                 divide = thinning[position, 2] != 0
                 _drop_by_rank(delta, start, row, limits[position], probabilities[position], divide, keys[position])
                 for i in range(size):
                     delta[i] = delta[i] * factor
-            else:
-                _subtract(model, base, factor, delta)
         if kind == SCALED:
             _scaled(base, deltas, scales, merged)
         else:
@@ -783,13 +834,13 @@ def merge_task_vectors(
 # --- selecting and measuring -------------------------------------------------------------------------------------
 
 
-@_compiled
+@_part
 def _magnitudes(base: Any, model: Any, bits: Any) -> None:
     for i in range(bits.size):
         bits[i] = _magnitude(model[i] - base[i])
 
 
-@_compiled
+@_part
 def _read_magnitudes(
     base_address: int, base_code: int, model_address: int, model_code: int, start: int, values: Any, bits: Any
 ) -> None:
@@ -799,7 +850,7 @@ def _read_magnitudes(
     _magnitudes(values[0], values[1], bits)
 
 
-@_compiled
+@_part
 def _count_at_least(bits: Any, border: Any) -> Any:
     found = np.int32(0)
     for i in range(bits.size):
@@ -807,7 +858,7 @@ def _count_at_least(bits: Any, border: Any) -> Any:
     return found
 
 
-@_compiled
+@_part
 def _count_equal(bits: Any, value: Any) -> Any:
     found = np.int32(0)
     for i in range(bits.size):
@@ -900,7 +951,7 @@ def index_of(
     return -1, tie
 
 
-@_compiled
+@_part
 def _multiply_and_add(one: Any, other: Any, mixed: Any, ones: Any, others: Any) -> None:
     for start in range(0, SUMMED, 16):
         for lane in range(16):
@@ -922,10 +973,13 @@ def products(base_address: int, base_code: int, model_address: int, model_code: 
     for run in range(sums.shape[1]):
         start = SUMMED * run
         size = min(SUMMED, count - start)
-        values[:, size:] = np.float32(0)
+        for i in range(size, SUMMED):
+            values[0, i], values[1, i] = np.float32(0), np.float32(0)
         finite &= _widen(base_address, base_code, start, values[0][:size])
         finite &= _widen(model_address, model_code, start, values[1][:size])
-        lanes[:] = 0.0
+        for kind in range(3):
+            for lane in range(16):
+                lanes[kind, lane] = 0.0
         _multiply_and_add(values[0], values[1], lanes[0], lanes[1], lanes[2])
         for kind in range(3):
             for half in (8, 4, 2, 1):

@@ -1,5 +1,6 @@
 """Compiled loops and torch functions give the same bits, the same counts and the same errors."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,23 @@ from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.methods.selection import find_cutoffs
 from dapt_merge.methods.stored_deltas import delta_magnitudes
+
+_store_bfloat16, _store_float16 = kernels._store_bfloat16, kernels._store_float16
+_subtract_and_drop = kernels._subtract_and_drop
+
+
+@numba.njit
+def store(values, base, rounded, in_bfloat16):
+    """Parts of the compiled loops can only be called by what is compiled, too."""
+    if in_bfloat16:
+        return _store_bfloat16(values, base, rounded)
+    return _store_float16(values, base, rounded)
+
+
+@numba.njit
+def subtract_and_drop(model, base, start, highest, keys, factor, delta):
+    _subtract_and_drop(model, base, start, highest, keys, factor, delta)
+
 
 COMPILED = [
     name
@@ -156,8 +174,7 @@ def test_every_number_of_a_16_bit_dtype_and_all_between_two_of_them_are_rounded_
     near = torch.cat([every, every + gap, halves, halves + halves.abs() * 2**-20, halves - halves.abs() * 2**-20])
     near = near[near.abs() < torch.finfo(dtype).max]
     rounded = torch.empty(near.shape, dtype=torch.int16).numpy().view(np.uint16)
-    store = kernels._store_bfloat16 if dtype == torch.bfloat16 else kernels._store_float16
-    store(near.numpy(), near.numpy(), rounded)
+    store(near.numpy(), near.numpy(), rounded, dtype == torch.bfloat16)
     assert (rounded == near.to(dtype).view(torch.int16).numpy().view(np.uint16)).all()
 
 
@@ -165,7 +182,7 @@ def test_masks_are_the_same_on_both_sides_of_two_to_the_32_elements():
     start, count = 2**32 - 700, 1500
     kept = np.empty(count, np.float32)
     ones, zeros, keys = np.ones(count, np.float32), np.zeros(count, np.float32), mask_keys(3, "w", 1, 2)
-    kernels._subtract_and_drop(ones, zeros, start, keep_limits(0.3) - 1, keys, np.float32(1), kept)
+    subtract_and_drop(ones, zeros, start, keep_limits(0.3) - 1, keys, np.float32(1), kept)
     assert torch.equal(torch.from_numpy(kept).bool(), keep_mask(3, "w", 1, start, count, 0.3))
 
 
@@ -174,7 +191,7 @@ def test_probabilities_at_either_end_keep_what_the_torch_mask_keeps(probability)
     count = 4000
     kept = np.empty(count, np.float32)
     ones, zeros, keys = np.ones(count, np.float32), np.zeros(count, np.float32), mask_keys(0, "w", 0, 1)
-    kernels._subtract_and_drop(ones, zeros, 0, keep_limits(probability) - 1, keys, np.float32(1), kept)
+    subtract_and_drop(ones, zeros, 0, keep_limits(probability) - 1, keys, np.float32(1), kept)
     assert torch.equal(torch.from_numpy(kept).bool(), keep_mask(0, "w", 0, 0, count, probability))
 
 
