@@ -95,17 +95,19 @@ def _not_there(hub_id: str, model: str, revision: str | None, error: Exception, 
         remedy = "Check the path or the hub id, the revision and the network; offline, download the model first."
     source = "the offline cache of the model hub" if is_offline_mode() else "the model hub"
     return InputError(
-        f"there is no such folder, and {source} gave none ({kind}).{neighbour}", where=hub_id, remedy=remedy
+        f"there is no such file, no such folder, and {source} gave none ({kind}).{neighbour}",
+        where=hub_id,
+        remedy=remedy,
     )
 
 
 def _cached_revisions(model: str) -> list[str]:
     """Return what the local cache has of a model: branches and tags, and commits that none of them names."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError, ValueError):
         return []
     found = [r for repo in repositories if repo.repo_type == "model" and repo.repo_id == model for r in repo.revisions]

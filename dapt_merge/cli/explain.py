@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +43,9 @@ def explain(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Say what a recipe would do to every tensor, what has no effect, and what it would cost. Reads no weights.
+    """Say what a recipe would do to every tensor and the tokenizer, what has no effect, and what it would cost.
+
+    Reads no weights.
 
     Of several recipes in a file, all are explained, in the order in which they would be merged.
 
@@ -75,6 +78,7 @@ def explain(
 def _as_json(explained: list[tuple[str | None, MergePlan, list[ExplainedTensors]]], costs: list[Cost]) -> Any:
     """One recipe is an object; several are a list of such objects under "recipes", with the cost of all of them."""
     from dapt_merge.merging.cost import total_cost
+    from dapt_merge.merging.explanation import explain_tokenizer
 
     found = [
         {
@@ -85,6 +89,7 @@ def _as_json(explained: list[tuple[str | None, MergePlan, list[ExplainedTensors]
             "tensors": len(plan.jobs),
             "elements": sum(job.elements for job in plan.jobs),
             "warnings": list(plan.warnings),
+            "tokenizer": asdict(explain_tokenizer(plan)),
             "lines": [line.to_dict() for line in lines],
             "cost": cost.to_dict(),
         }
@@ -95,10 +100,12 @@ def _as_json(explained: list[tuple[str | None, MergePlan, list[ExplainedTensors]
 
 def _print_recipe(plan: MergePlan, lines: list[ExplainedTensors], all_tensors: bool) -> None:
     from dapt_merge.cli.console import output
-    from dapt_merge.merging.explanation import layer_runs
+    from dapt_merge.merging.explanation import explain_tokenizer, layer_runs
 
     common = _common(lines)
     for line in _heading(plan, common):
+        output.print(line, soft_wrap=True, markup=False)
+    for line in explain_tokenizer(plan).sentences():
         output.print(line, soft_wrap=True, markup=False)
     if not all_tensors:
         output.print(_table(layer_runs(lines), list(common)))

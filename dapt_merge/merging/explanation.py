@@ -2,20 +2,24 @@
 
 The idea: tensors that are merged alike are one line, named by their groups and layers, so that a recipe for hundreds of
 tensors reads in a few lines and whatever a filter singles out stands alone; lines that only follow a gradient from
-layer to layer can be taken together. Of several recipes in a file each is planned on the headers that the ones before
-it would write. What it costs, `cost` says; how it is shown, this module does not know.
+layer to layer can be taken together. Which tokenizer and chat template go with them is told too. Of several recipes in
+a file each is planned on the headers that the ones before it would write. What it costs, `cost` says; how it is shown,
+this module does not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
+from dapt_merge.checkpoints.chat_template import stored_template
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.companions import updated_config
 from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.groups import GROUPS, tensor_group, with_layer
+from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import DaptMergeError
 from dapt_merge.merging.plan import MergePlan, TensorJob, plan_merge
 from dapt_merge.methods.contract import Source, TensorContext, Values
@@ -83,6 +87,69 @@ def explain(plan: MergePlan) -> list[ExplainedTensors]:
         alike.setdefault(_kind_of_merge(job), []).append(job)
     everything = [job.name for job in plan.jobs]
     return [_explained(jobs, everything) for jobs in alike.values()]
+
+
+@dataclass(frozen=True)
+class ExplainedTokenizer:
+    """The tokenizer and the chat template that the output carries.
+
+    Attributes:
+        taken_from: the checkpoint whose tokenizer files are copied; None: no input has any beside it.
+        source: what the recipe says of the vocabulary ("base", "union", a model); None: nothing.
+        tokens, rows, added: where it says something, how many tokens there are, for how many rows of the embedding,
+            and how many of them the copied files lack and get.
+        template: where the chat template comes from, in words; None: the output has none.
+    """
+
+    taken_from: str | None
+    source: str | None
+    tokens: int | None
+    rows: int | None
+    added: int
+    template: str | None
+
+    def sentences(self) -> list[str]:
+        """Return a line on the tokenizer, and one on the chat template."""
+        if self.taken_from is None:
+            return ["tokenizer: none (there are no files of one)"]
+        lines = [f"tokenizer: that of {self.taken_from}, as it is"]
+        if self.source is not None:
+            added = f" and {self.added} tokens more" if self.added else ""
+            kind = {"base": "base's tokens", "union": "all inputs' tokens"}.get(self.source, f"tokens of {self.source}")
+            lines = [
+                f"tokenizer: that of {self.taken_from}{added} ({kind}): {self.tokens} tokens in {self.rows} rows; every"
+                " input's rows are put in that order"
+            ]
+        return [*lines, f"chat template: {self.template or 'none'}"]
+
+
+def explain_tokenizer(plan: MergePlan) -> ExplainedTokenizer:
+    """Say which tokenizer and which chat template the output of a plan carries."""
+    settled = plan.alignment
+    folder = plan.config_from.folder if settled is None else settled.folder
+    if folder is None or not has_tokenizer(folder):
+        return ExplainedTokenizer(None, None if settled is None else settled.source, None, None, 0, None)
+    named = [label for label, checkpoint in plan.checkpoints.items() if checkpoint.folder == folder]
+    owner = plan.config_from.label if plan.config_from.label in named else next(iter(named), str(folder))
+    return ExplainedTokenizer(
+        taken_from=owner,
+        source=None if settled is None else settled.source,
+        tokens=None if settled is None else len(settled.tokens),
+        rows=None if settled is None else settled.rows,
+        added=0 if settled is None else len(settled.added),
+        template=_template_in_words(plan, folder, owner),
+    )
+
+
+def _template_in_words(plan: MergePlan, folder: Path, owner: str) -> str | None:
+    setting, chosen = plan.recipe.chat_template, plan.chat_template
+    if chosen is None or setting is None:
+        return f"that of {owner}" if stored_template(folder) else None
+    if setting != "auto":
+        return "the one that the recipe holds" if "{" in setting else f"{setting}, a built-in one"
+    stored = {name: stored_template(model.folder) for name, model in plan.checkpoints.items() if model.folder}
+    alike = [name for name, text in stored.items() if text and text.strip() == chosen]
+    return f"the one that most inputs have: {', '.join(alike)}"
 
 
 def plan_chain(chain: Sequence[NamedRecipe]) -> list[MergePlan]:

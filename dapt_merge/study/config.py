@@ -123,6 +123,19 @@ class StudyConfig(_Section):
         return self.storage or f"sqlite:///{self.folder / 'study.db'}"
 
 
+_ONE_VOCABULARY = (
+    "Leave it out: a study scores every recipe on one live model with the base's tokenizer, so all of them have the"
+    " base's vocabulary. Checkpoints with another one are aligned to it first, each once, by a recipe"
+    " 'merge_method: passthrough, models: [{model: CHECKPOINT}], tokenizer_source: BASE'; give the study the outputs."
+)
+# What a recipe may say and a study may not, and what to do instead.
+_NOT_IN_STUDIES = {
+    "tokenizer_source": _ONE_VOCABULARY,
+    "tokenizer": _ONE_VOCABULARY,
+    "chat_template": "Leave it out: it changes no weight, and so no score. Add it to the recipe of the exported trial.",
+}
+
+
 def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study from a YAML file (or a mapping), apply `key=value` overrides and check it.
 
@@ -139,8 +152,10 @@ def load_study_config(source: str | Path | Mapping[str, Any], overrides: Sequenc
     try:
         config = StudyConfig.model_validate(overridden(raw, overrides))
     except ValidationError as error:
-        raise explained(error, where, _known_keys) from error
+        raise explained(error, where, _known_keys, lambda location: _NOT_IN_STUDIES.get(str(location[-1]))) from error
     _check(config, where)
+    for key in (key for key in config.space if key in _NOT_IN_STUDIES):
+        raise InputError(f"'{key}' is no knob of a study", where=f"{where}: space.{key}", remedy=_NOT_IN_STUDIES[key])
     return _with_absolute_paths(config, beside, where)
 
 

@@ -149,7 +149,7 @@ def test_a_mistyped_folder_names_the_nearest_one(cache, tmp_path, monkeypatch, r
     monkeypatch.chdir(tmp_path)
     for name in ("medical", "runs/medical"):
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(InputError, match="there is no such folder") as error:
+    with pytest.raises(InputError, match="there is no such file, no such folder") as error:
         open_checkpoint(reference)
     assert "Did you mean 'medical'?" in error.value.what
     assert "the offline cache of the model hub gave none" in error.value.what

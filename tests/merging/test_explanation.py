@@ -6,12 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from merging_models import CONFIG
+from merging_models import CONFIG, random_weights, save_model
+from tokenized_models import byte_pairs, save_tokenized, with_added
+from transformers import AutoTokenizer
 
 from dapt_merge import load_recipe, make_recipe, merge_to_disk, open_checkpoint, plan_merge
 from dapt_merge.merging.chain import merge_chain
 from dapt_merge.merging.cost import estimate_cost, total_cost
-from dapt_merge.merging.explanation import describe, explain, layer_by_layer, layer_runs, plan_chain
+from dapt_merge.merging.explanation import (
+    describe,
+    explain,
+    explain_tokenizer,
+    layer_by_layer,
+    layer_runs,
+    plan_chain,
+)
 from dapt_merge.recipe import load_recipes
 
 LAYERS = 4
@@ -233,3 +242,43 @@ def test_small_merges_leave_no_rate(models, tmp_path, monkeypatch):
 def test_whole_model_trimming_can_be_tried_too(models):
     plan = planned(models, "ties", weight=0.3, density=0.5, trim_scope="model")
     assert estimate_cost(plan, threads=1, trial=True).bytes_per_second > 0
+
+
+# --- tokenizer and chat template --------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_and_the_template_are_told_as_they_are_written(tmp_path):
+    """What is told is held against the files of the merge."""
+    base = save_tokenized(tmp_path / "base", byte_pairs(), 0)
+    chat = save_tokenized(tmp_path / "chat", with_added(byte_pairs(), "<med>", pad="<pad>"), 1)
+    (chat / "chat_template.jinja").write_text("{{ messages }}")
+    for number, (source, setting, words) in enumerate(
+        [
+            ("base", None, ["that of BASE (base's tokens): 20 tokens in 20 rows", "chat template: none"]),
+            ("union", "auto", ["that of BASE and 2 tokens more (all inputs' tokens): 22", "most inputs have: CHAT"]),
+            (str(chat), None, ["that of CHAT (tokens of CHAT): 22 tokens in 22 rows", "chat template: that of CHAT"]),
+            (str(chat), "chatml", ["that of CHAT", "chat template: chatml, a built-in one"]),
+            (str(chat), "{{ 1 }}", ["that of CHAT", "chat template: the one that the recipe holds"]),
+        ]
+    ):
+        recipe = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(chat)}]}
+        keys = {"parameters": {"weight": 0.5}, "tokenizer_source": source, "chat_template": setting}
+        plan = plan_merge(load_recipe({**recipe, **keys}))
+        told = explain_tokenizer(plan)
+        for line, said in zip(told.sentences(), words, strict=True):
+            assert said in line.replace(str(base), "BASE").replace(str(chat), "CHAT")
+        merge_to_disk(plan, tmp_path / f"{number}")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{number}")
+        assert len(tokenizer.get_vocab()) == told.tokens
+        assert (tokenizer.chat_template is None) == (told.template is None)
+
+
+def test_a_tokenizer_that_no_key_settles_is_the_configurations(models, tmp_path):
+    plan = planned(models, weight=0.3)
+    assert explain_tokenizer(plan).sentences() == [
+        f"tokenizer: that of {models['base']}, as it is",
+        "chat template: none",
+    ]
+    bare = save_model(tmp_path / "bare", random_weights(8), tokens=None)
+    plan = plan_merge(load_recipe({"merge_method": "passthrough", "models": [{"model": str(bare)}]}))
+    assert explain_tokenizer(plan).sentences() == ["tokenizer: none (there are no files of one)"]

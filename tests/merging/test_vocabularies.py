@@ -437,3 +437,14 @@ def test_inspect_tells_which_tokens_differ_and_that_a_merge_would_be_refused(res
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["dapt"][0]
     tokens = found["compatibility"]["tokens"]
     assert (tokens["same"], tokens["only_in_model"], tokens["model_rows"]) == (20, 2, 22)
+
+
+def test_a_checkpoint_is_aligned_to_its_base_by_a_recipe_that_merges_nothing(tmp_path):
+    """What a study's message tells to do with a checkpoint of another vocabulary."""
+    base = save_tokenized(tmp_path / "base", byte_pairs(), 0)
+    dapt = save_tokenized(tmp_path / "dapt", with_added(byte_pairs(), "<med>"), 1)
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(dapt)}], "tokenizer_source": str(base)}
+    merge(recipe=recipe).save(tmp_path / "out")
+    assert token_ids(open_checkpoint(tmp_path / "out")) == token_ids(open_checkpoint(base))
+    assert torch.equal(table(tmp_path / "out"), table(dapt)[: len(table(base))])
+    merge(base, tmp_path / "out", "linear", weight=0.5).save(tmp_path / "merged")

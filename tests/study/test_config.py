@@ -85,3 +85,32 @@ def test_a_preset_is_a_valid_study_of_your_own_models(name, files, tmp_path):
     space = build_space(config.space, config.base, {"checkpoint-20": "/run/checkpoint-20"})
     for point in config.enqueue:
         complete_point(space, point, "enqueue")
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "space.tokenizer_source", "tokenizer", "space.tokenizer"])
+def test_a_vocabulary_is_no_matter_of_a_study_and_the_reason_is_told(files, key):
+    with pytest.raises(InputError) as caught:
+        load_study_config(files, [f"{key}=base"])
+    assert key in caught.value.where
+    assert "every recipe on one live model with the base's tokenizer" in caught.value.remedy
+    assert "tokenizer_source: BASE" in caught.value.remedy
+
+
+def test_a_chat_template_is_no_matter_of_a_study(files):
+    with pytest.raises(InputError, match="chat_template") as caught:
+        load_study_config(files, ["chat_template=chatml"])
+    assert "exported trial" in caught.value.remedy
+
+
+def test_a_base_of_the_hub_without_an_organisation_counts_once_it_was_downloaded(files, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "models--gpt2" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "hub" / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "hub" / "models--gpt2" / "refs" / "main").write_text("1" * 40)
+    with pytest.raises(InputError, match="'gpt2' does not exist"):
+        load_study_config(files, ["base=gpt2"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_study_config(files, ["base=gpt2"]).base == "gpt2"
