@@ -20,6 +20,10 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from dapt_merge.methods.loading_numba import load_without_scipy
+
+load_without_scipy()
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
