@@ -1,9 +1,9 @@
 """The same recipe carried out by mergekit instead: for comparison, and for whoever has to reproduce its numbers.
 
-mergekit's arithmetic, its defaults and its reading of a recipe hold then; what it would pass over in silence (our own
-keys and parameters) is refused. The output appears whole or not at all, with its report and its card, as always; but
-what mergekit does not tell (fallbacks, what rounding loses, what each tensor got) they cannot tell either. Nothing of
-mergekit is imported before a merge is asked for.
+mergekit's arithmetic, its defaults and its reading of a recipe hold then; what it would pass over in silence is refused
+(our own keys and parameters) or reported (those of its other methods). The output appears whole or not at all, with its
+report and its card, as always; but what mergekit does not tell (fallbacks, what rounding loses, what each tensor got)
+they cannot tell either. Nothing of mergekit is imported before a merge is asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dapt_merge.merging.card import CARD_FILE, model_card
 from dapt_merge.merging.report import MergeReport, versions, way_to_inputs, write_report
 from dapt_merge.merging.stream import RECIPE_FILE
 from dapt_merge.recipe import Recipe, recipe_fingerprint
+from dapt_merge.recipe.advice import inert_parameters
 from dapt_merge.recipe.parts import is_inert
 from dapt_merge.recipe.reading import relocated
 
@@ -94,7 +95,7 @@ def _report(
         updated_elements=None,
         lost_elements=None,
         lost_share=None,
-        warnings=(),
+        warnings=tuple(inert_parameters(recipe)),
         bytes_read=sum(checkpoint.nbytes for checkpoint in opened.values()),
         bytes_written=result.nbytes,
         seconds=time.monotonic() - started,

@@ -29,7 +29,7 @@ def recipe_warnings(recipe: Recipe, *, defaults_of_mergekit: bool = True) -> lis
     recipe that was not written for mergekit.
     """
     found = [
-        *_inert_parameters(recipe),
+        *inert_parameters(recipe),
         *_unused_keys(recipe),
         *(_defaults_unlike_mergekits(recipe) if defaults_of_mergekit else ()),
         *_overruled_settings(recipe),
@@ -41,7 +41,8 @@ def recipe_warnings(recipe: Recipe, *, defaults_of_mergekit: bool = True) -> lis
     return list(dict.fromkeys(found))
 
 
-def _inert_parameters(recipe: Recipe) -> Iterator[str]:
+def inert_parameters(recipe: Recipe) -> Iterator[str]:
+    """Name the parameters that mergekit takes and that change nothing, with either engine."""
     blocks = [recipe.parameters, *(block for part in recipe.parts for block in part.between)]
     blocks += [entry.parameters for part in recipe.parts for entry in (*part.models, *part.unweighted)]
     for name in dict.fromkeys(name for block in blocks for name in block if is_inert(name, recipe.method)):

@@ -50,6 +50,13 @@ def test_other_models_of_the_same_names_are_opened_anew(tmp_path, monkeypatch):
         assert ("lm_head.weight" in load_weights(place / "out")) is not tied
 
 
+def test_a_parameter_of_another_method_is_reported_by_either_engine(models, tmp_path):
+    merged = recipe(models, parameters={"t": 0.5, "density": 0.3, "int8_mask": True})
+    by_mergekit = merge_with_mergekit(merged, tmp_path / "mergekit").warnings
+    assert [warning.partition(" has no effect")[0] for warning in by_mergekit] == ["'density'", "'int8_mask'"]
+    assert set(by_mergekit) <= set(merge_to_disk(plan_merge(merged), tmp_path / "native").warnings)
+
+
 def test_a_failure_of_mergekit_leaves_no_output(models, tmp_path, monkeypatch):
     def fail(*arguments, **keywords):
         raise RuntimeError("no such luck\nsecond line")
