@@ -183,6 +183,13 @@ def load_tokenizer(config: CorpusConfig) -> Any:
             where="tokenizer",
             remedy="Set 'tokenizer' to the folder or hub id of the base model.",
         )
+    folder = Path(config.tokenizer).expanduser()
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        raise InputError(
+            "the folder holds no tokenizer (such as tokenizer.json)",
+            where=folder,
+            remedy="Name the folder of the base model, with its tokenizer's files.",
+        )
     try:
         return AutoTokenizer.from_pretrained(config.tokenizer)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -165,7 +165,9 @@ def _refuse_empty(config: CorpusDocuments, counts: list[SourceCounts]) -> None:
     for source, found in zip(config.sources, counts, strict=True):
         if found.cleaning.read == found.left_out[EMPTY]:
             raise InputError(
-                "the corpus is empty: no document holds any text", where=source.place, remedy="Give one that does."
+                "this source of the corpus is empty: no document holds any text",
+                where=source.place,
+                remedy="Name a source that has text, or take this one out.",
             )
 
 

@@ -63,7 +63,7 @@ class CorpusSource(_Section):
     document: Literal["file", "paragraph", "line"] = "file"
     licence: str | None = None
     language: str | None = Field(default=None, pattern=r"^[a-z]{2,3}$")
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     share: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="before")
@@ -75,6 +75,8 @@ class CorpusSource(_Section):
     def _one_place(self) -> CorpusSource:
         if (self.path is None) == (self.hub is None):
             raise ValueError("a source is either a 'path' or a 'hub' data set")
+        if self.weight == 0:
+            raise ValueError("a source of weight 0 is never read: take it out, or give it a weight above 0")
         if self.share is not None and self.weight != 1.0:
             raise ValueError("'share' decides how much of the source is read, so its 'weight' has no effect")
         return self
@@ -199,7 +201,8 @@ class CorpusDocuments(_Section):
     def _usable_sources(self) -> CorpusDocuments:
         repeated = [title for title, count in Counter(s.title for s in self.sources).items() if count > 1]
         if repeated:
-            raise ValueError(f"two sources are called '{repeated[0]}'; give one of them another 'name'")
+            places = " and ".join(s.place for s in self.sources if s.title == repeated[0])
+            raise ValueError(f"two sources are called '{repeated[0]}' ({places}); give one of them another 'name'")
         for role in ROLES:
             sources = self.of_role(role)
             total = sum(source.share or 0 for source in sources)

@@ -19,6 +19,7 @@ import numpy as np
 
 from dapt_merge.corpus.config import Decontaminate
 from dapt_merge.corpus.shingles import folded, runs_of
+from dapt_merge.errors import InputError, nearest
 
 SHORTEST_ITEM_WORDS = 8
 _PROMPT_SHARE, _PROMPT_ITEMS = 0.1, 4
@@ -110,6 +111,14 @@ def item_runs(settings: Decontaminate) -> ItemRuns:
     from dapt_merge.evaluation.suites import load_suite
     from dapt_merge.evaluation.tasks import load_tasks
 
+    for path in settings.suites:
+        if not path.expanduser().is_file():
+            siblings = [file.name for file in path.parent.glob("*.yaml")]
+            raise InputError(
+                f"there is no such suite to decontaminate against.{nearest(path.name, siblings)}",
+                where=path,
+                remedy="Correct the path under 'decontaminate', or leave that section out.",
+            )
     tasks, _ = load_tasks([load_suite(path) for path in settings.suites])
     texts = {name: dict(zip(task.item_ids, _item_texts(task), strict=True)) for name, task in tasks.items()}
     return hash_items(texts, settings.ngram, {name: task.version for name, task in tasks.items()})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -78,7 +79,7 @@ def _pool(
     processes: int, prepare: Callable[..., None], prepare_with: tuple[object, ...]
 ) -> Iterator[ProcessPoolExecutor]:
     if multiprocessing.get_start_method() != "fork":
-        with ProcessPoolExecutor(processes, initializer=prepare, initargs=prepare_with) as pool:
+        with ProcessPoolExecutor(processes, initializer=_begin, initargs=(prepare, *prepare_with)) as pool:
             yield pool
         return
     prepare(*prepare_with)
@@ -86,7 +87,21 @@ def _pool(
     # The collector writes into every object that it looks at, which would give each process a copy of its page.
     gc.freeze()
     try:
-        with ProcessPoolExecutor(processes) as pool:
+        with ProcessPoolExecutor(processes, initializer=_begin) as pool:
             yield pool
     finally:
         gc.unfreeze()
+
+
+def _begin(prepare: Callable[..., None] | None = None, *prepare_with: object) -> None:
+    """Begin a process: it ends with the one that started it, also when that one is killed and cannot say so."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare(*prepare_with)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

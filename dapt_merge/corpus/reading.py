@@ -16,14 +16,14 @@ import xxhash
 from dapt_merge.corpus.config import CorpusSource
 from dapt_merge.corpus.records import Document
 from dapt_merge.corpus.tables import dataset_rows, hub_rows, hub_version, is_dataset_folder, parquet_rows
-from dapt_merge.corpus.text_files import JSON_LINES, PLAIN_TEXT, json_lines, kind_by_name, plain_text
+from dapt_merge.corpus.text_files import JSON_LINES, PLAIN_TEXT, json_lines, kind_by_name, plain_text, unreadable
 from dapt_merge.errors import InputError, nearest
 
 PARQUET = (".parquet",)
 READABLE = JSON_LINES + PLAIN_TEXT + PARQUET
 _REMEDIES = {
     ".zst": "Unpack it first: zstd -d FILE.",
-    ".json": "Write one JSON object a line: jq -c '.[]' FILE > FILE.jsonl.",
+    ".json": "Write one JSON object a line: jq -c '.[]' OLD.json > NEW.jsonl.",
     ".csv": "Convert it: datasets.Dataset.from_csv(FILE).to_json('corpus.jsonl').",
     ".pdf": "Extract its text first, for example: pdftotext FILE.",
     ".arrow": "Name the folder that it is in: the one that save_to_disk wrote.",
@@ -70,12 +70,16 @@ def source_files(source: CorpusSource) -> list[Path]:
                 remedy="Name the folder that holds them.",
             )
         return files
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"the corpus file is a link to nothing ({os.readlink(path)})", where=path, remedy="Link it again."
+        )
     if not path.is_file():
         siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(
             f"there is no such corpus file.{nearest(path.name, siblings)}",
             where=path,
-            remedy="Correct the path under 'corpus'.",
+            remedy="Correct the path of the source.",
         )
     if kind_by_name(path) not in READABLE:
         raise InputError(
@@ -119,9 +123,12 @@ def content_fingerprint(source: CorpusSource) -> str:
         files = source_files(source)
     for file in files:
         total.update(f"\0{kind_by_name(file)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while part := stream.read(2**20):
-                total.update(part)
+        try:
+            with file.open("rb") as stream:
+                while part := stream.read(2**20):
+                    total.update(part)
+        except OSError as error:
+            raise unreadable(file, error) from None
     return f"xxh3:{total.hexdigest()}"
 
 

@@ -49,7 +49,7 @@ def checked_text(text: Any, field: str, where: str) -> str:
     """
     if not isinstance(text, str):
         raise InputError(
-            f"the field '{field}' holds a {type(text).__name__}, expected a text",
+            f"the field '{field}' holds {'null' if text is None else f'a {type(text).__name__}'}, expected a text",
             where=where,
             remedy="Correct that record, or set 'text_field' to another field.",
         )

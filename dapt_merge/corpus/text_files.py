@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ _DISGUISES = {
     b"\xff\xfe": ("UTF-16 text", "Convert it, for example: iconv -f utf-16 -t utf-8 FILE > utf8-FILE."),
     b"\xfe\xff": ("UTF-16 text", "Convert it, for example: iconv -f utf-16 -t utf-8 FILE > utf8-FILE."),
 }
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x7f]")
 
 
 def kind_by_name(file: Path) -> str:
@@ -83,9 +85,14 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             f"the gzip file is broken: {error}", where=file, remedy="Fetch or make it again; check it with gzip -t."
         ) from None
     except OSError as error:
-        raise InputError(
-            f"the file cannot be read ({error.strerror or error})", where=file, remedy="Check the file and its rights."
-        ) from None
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: OSError) -> InputError:
+    """Return the error that the system does not let a file be read."""
+    return InputError(
+        f"the file cannot be read ({error.strerror or error})", where=file, remedy="Check the file and its rights."
+    )
 
 
 def _opened(file: Path) -> IO[bytes]:
@@ -105,23 +112,27 @@ def _decoded(raw: bytes, file: Path, number: int) -> str:
         raw = raw.removeprefix(b"\xef\xbb\xbf")
     if len(raw) > LONGEST_DOCUMENT_BYTES:
         remedy = (
-            "Write one JSON object a line: jq -c '.[]' FILE > FILE.jsonl." if kind_by_name(file) in JSON_LINES else ""
+            "Write one JSON object a line: jq -c '.[]' OLD > NEW.jsonl." if kind_by_name(file) in JSON_LINES else ""
         )
         raise _too_long(file, number, remedy or "Break it into lines, one document or paragraph each.")
     if b"\0" in raw:
-        raise InputError(
-            f"the file is binary, not text (a zero byte in line {number})",
-            where=where,
-            remedy="Give UTF-8 text: .jsonl or .txt.",
-        )
+        raise _binary("a zero byte", where)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        if _CONTROL.search(raw):
+            raise _binary("control characters, and not UTF-8", where) from None
         raise InputError(
             f"the file is not UTF-8 text: byte 0x{raw[error.start]:02x} at column {error.start + 1}",
             where=where,
             remedy=f"Convert it, for example: iconv -f latin1 -t utf-8 '{file.name}' > 'utf8-{file.name}'.",
         ) from None
+
+
+def _binary(sign: str, where: str) -> InputError:
+    return InputError(
+        f"the file is binary, not text ({sign} in this line)", where=where, remedy="Give UTF-8 text: .jsonl or .txt."
+    )
 
 
 def _too_long(file: Path, number: int, remedy: str) -> InputError:
@@ -140,9 +151,9 @@ def _text_of_line(line: str, field: str, file: Path, number: int) -> str:
         record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"the line is not valid JSON: {error.msg} at column {error.colno}",
+            f"the line is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
             where=where,
-            remedy="Correct or remove that line; every line is one JSON object.",
+            remedy=_remedy(line, number, "Correct or remove that line; every line is one JSON object."),
         ) from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"the line is not usable JSON: {error}", where=where, remedy="Correct that line.") from None
@@ -150,8 +161,19 @@ def _text_of_line(line: str, field: str, file: Path, number: int) -> str:
         raise InputError(
             f"the line holds a {type(record).__name__}, expected a JSON object",
             where=where,
-            remedy=f'Write every document as {{"{field}": "…"}}.',
+            remedy=_remedy(line, number, f'Write every document as {{"{field}": "…"}}.'),
         )
     if field not in record:
         raise no_field(field, list(record), where)
     return checked_text(record[field], field, where)
+
+
+def _remedy(line: str, number: int, otherwise: str) -> str:
+    """Return what to do about a line that is no JSON object: the first one tells how the whole file is written."""
+    if number == 1 and line.startswith("["):
+        return "The file is one JSON list; write its objects one a line: jq -c '.[]' OLD > NEW.jsonl."
+    if number == 1 and line.rstrip() == "{":
+        return "Its objects lie over several lines; write each on one: jq -c . OLD > NEW.jsonl."
+    if number == 1 and not line.lstrip().startswith("{"):
+        return "Every line is one JSON object; if this is plain text, name it .txt."
+    return otherwise

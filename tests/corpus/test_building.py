@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,14 @@ from small_corpora import texts, write_jsonl
 from dapt_merge.corpus import (
     BuiltCorpus,
     CorpusConfig,
+    batches,
     build_corpus,
     corpus_fingerprint,
     load_corpus_config,
     open_corpus,
+    tokens,
 )
+from dapt_merge.corpus.building import load_tokenizer
 from dapt_merge.errors import InputError
 
 FOOTER = "Document imprimé par le service informatique"
@@ -160,6 +167,66 @@ def test_a_second_build_reuses_what_is_the_same(
     assert built().fingerprint != first.fingerprint
 
 
+def build_and_die(settings: dict[str, Any], tokenizer: Any, out: Path, step: str, workers: Any) -> None:
+    def on_progress(at: str, done: int, total: int) -> None:
+        if at == step and (done or step == "comparing"):
+            workers.send([child.pid for child in multiprocessing.active_children()])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    build(settings, tokenizer, out, on_progress=on_progress)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.parametrize(
+    ("step", "again"),
+    [
+        ("cleaning", {"cleaning", "tokenising", "packing"}),
+        ("comparing", {"cleaning", "tokenising", "packing"}),
+        ("tokenising", {"tokenising", "packing"}),
+        ("packing", {"packing"}),
+    ],
+)
+def test_a_killed_build_goes_on_with_what_was_finished(
+    settings: dict[str, Any],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    again: set[str],
+) -> None:
+    monkeypatch.setattr(batches, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(tokens, "_WORTH_PROCESSES", 1)
+    settings["processes"] = 2
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    child = fork.Process(target=build_and_die, args=(settings, tokenizer, tmp_path / "out", step, there))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    workers = here.recv()
+    assert bool(workers) == (step in ("cleaning", "tokenising"))
+    patience = time.monotonic() + 30
+    while any(map(is_running, workers)) and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert not [worker for worker in workers if is_running(worker)]
+    steps: set[str] = set()
+    found = build(settings, tokenizer, tmp_path / "out", on_progress=lambda at, *_: steps.add(at))
+    assert {"cleaning", "tokenising", "packing"} & steps == again
+    clean = build({**settings, "cache_folder": str(tmp_path / "other")}, tokenizer)
+    assert rows_of(found) == rows_of(clean)
+    assert found.fingerprint == clean.fingerprint
+    # Nothing of the killed build is left beside the finished one.
+    assert not [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
 def test_another_licence_is_another_manifest_of_the_same_corpus(settings: dict[str, Any], tokenizer: Any) -> None:
     first = build(settings, tokenizer)
     settings["sources"][1] |= {"licence": "Etalab-2.0", "name": "articles"}
@@ -230,7 +297,7 @@ def test_a_trial_reads_the_first_documents_of_each_source(settings: dict[str, An
 @pytest.mark.parametrize("found", [[], ["", "  \n"]])
 def test_a_source_without_text_is_refused(tmp_path: Path, tokenizer: Any, found: list[str]) -> None:
     good, bad = write_jsonl(tmp_path / "a.jsonl", texts(3, 1)), write_jsonl(tmp_path / "b.jsonl", found)
-    with pytest.raises(InputError, match="the corpus is empty") as caught:
+    with pytest.raises(InputError, match="source of the corpus is empty") as caught:
         build({"sources": [str(good), str(bad)]}, tokenizer)
     assert caught.value.where == str(bad)
 
@@ -338,10 +405,26 @@ def test_a_configuration_is_read_beside_its_inputs_and_checked(tmp_path: Path) -
         ("clean: {quality: {minimum_chars: 9}}", "Did you mean 'minimum_characters'"),
         ("deduplicate: {near: {treshold: 1}}", "Did you mean 'threshold'"),
         ("tokens: 5\nepochs: 1", "either 'tokens' or 'epochs'"),
+        ("sources: [{path: notes.jsonl, weight: 0}]", "weight 0 is never read"),
+        ("sources: [notes.jsonl, {path: sub/notes.jsonl}]", "called 'notes' .*notes.jsonl and sub/notes.jsonl"),
+        ("sources: []", "sources"),
     ):
-        file.write_text(f"sources: [notes.jsonl]\n{wrong}\n", encoding="utf-8")
-        with pytest.raises(InputError, match=said):
+        sources = "" if wrong.startswith("sources") else "sources: [notes.jsonl]\n"
+        file.write_text(f"{sources}{wrong}\n", encoding="utf-8")
+        with pytest.raises(InputError, match=said) as caught:
             load_corpus_config(file)
+        assert str(file) in str(caught.value.where)
+
+
+def test_a_missing_suite_or_tokenizer_is_told(settings: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such suite to decontaminate against") as caught:
+        build({**settings, "decontaminate": [str(tmp_path / "none.yaml")]}, tokenizer)
+    assert str(caught.value.where) == str(tmp_path / "none.yaml")
+    (tmp_path / "bare").mkdir()
+    for name, said in (("bare", "holds no tokenizer"), ("none", "cannot be loaded")):
+        with pytest.raises(InputError, match=said) as caught:
+            load_tokenizer(CorpusConfig.model_validate({**settings, "tokenizer": str(tmp_path / name)}))
+        assert str(caught.value.where) == str(tmp_path / name)
 
 
 @pytest.fixture

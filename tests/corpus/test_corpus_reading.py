@@ -120,7 +120,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
         ('["a"]', "holds a list"),
         ('{"txt": "a"}', "no field 'text'. Did you mean 'txt'?"),
         ('{"text": 3}', "holds a int"),
-        ('{"text": null}', "holds a NoneType"),
+        ('{"text": null}', "holds null"),
         ("[" * 100_000, "JSON"),
     ],
 )
@@ -148,11 +148,52 @@ def test_another_encoding_is_refused_with_the_conversion(tmp_path: Path, name: s
         (b"PAR1...", "Name it c.txt.parquet"),
         (b"%PDF-1.7", "pdftotext"),
         (b"text\n\x00\x01\x02", "binary"),
+        (b"\x7f\x8b\x02\xff\x11", "binary"),
     ],
 )
 def test_what_is_no_text_is_recognised(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "c.txt").write_bytes(content)
     assert said in refusal(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"text": "a"}, {"text": "b"}]', "jq -c '.[]'"),
+        ('[\n{"text": "a"},\n{"text": "b"}\n]', "jq -c '.[]'"),
+        ('{\n"text": "a"\n}', "jq -c . OLD"),
+        ("Le patient va bien.", "name it .txt"),
+    ],
+)
+def test_json_that_is_not_in_lines_and_text_that_is_no_json_are_told_apart(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text(content, encoding="utf-8")
+    message = refusal(tmp_path / "c.jsonl")
+    assert said in message
+    assert "line 1" in message
+
+
+def test_a_file_that_may_not_be_read_is_refused_by_reading_and_by_hashing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text("{}", encoding="utf-8")
+
+    def locked(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert "Permission denied" in refusal(file)
+    with pytest.raises(InputError, match="Permission denied") as caught:
+        content_fingerprint(CorpusSource(path=file))
+    assert str(caught.value.where) == str(file)
+    assert caught.value.remedy
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").symlink_to("gone.jsonl")
+    assert "gone.jsonl" in refusal(tmp_path / "c.jsonl")
 
 
 def test_one_enormous_line_is_refused_before_it_fills_the_memory(
