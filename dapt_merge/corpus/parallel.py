@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from dapt_merge.errors import DaptMergeError
@@ -79,7 +80,7 @@ def _pool(
     processes: int, prepare: Callable[..., None], prepare_with: tuple[object, ...]
 ) -> Iterator[ProcessPoolExecutor]:
     if multiprocessing.get_start_method() != "fork":
-        with ProcessPoolExecutor(processes, initializer=_begin, initargs=(prepare, *prepare_with)) as pool:
+        with ProcessPoolExecutor(processes, initializer=partial(_begin, prepare, prepare_with)) as pool:
             yield pool
         return
     prepare(*prepare_with)
@@ -93,7 +94,7 @@ def _pool(
         gc.unfreeze()
 
 
-def _begin(prepare: Callable[..., None] | None = None, *prepare_with: object) -> None:
+def _begin(prepare: Callable[..., None] | None = None, prepare_with: tuple[object, ...] = ()) -> None:
     """Begin a process: it ends with the one that started it, also when that one is killed and cannot say so."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if prepare is not None:
