@@ -66,7 +66,7 @@ class Magnitudes(Protocol):
 
 
 Stream: TypeAlias = Callable[[], Iterator[Tensor]]
-"""Gives the values from the start each time it is called, in 1-d pieces of float32 or float64 that may be overwritten."""
+"""Gives the values from the start each time it is called, in 1-d pieces of one dtype that may be overwritten."""
 
 
 def kept_count(density: float, numel: int) -> int:
