@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.dare import linear_copy
-from dapt_merge.methods.fused import TaskVectorSum, ToBand
+from dapt_merge.methods.fused import TaskVectorSum, Thinning, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
@@ -121,6 +121,12 @@ def _banded_deltas(
     return deltas
 
 
+def _cut_to_bands(
+    voters: Sequence[int], density: Sequence[float], measured: Sequence[_Band], **others: object
+) -> list[Thinning]:
+    return [measured[position].thinning for position in voters]
+
+
 def _fused_sum(
     operands: Operands,
     *,
@@ -135,27 +141,7 @@ def _fused_sum(
 ) -> TaskVectorSum:
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)
-    bands = [measured[position].thinning for position in voters]
-    return TaskVectorSum(voters, bands, [applied[position] for position in voters])
-
-
-def _fused_election(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    gamma: tuple[float, ...],
-    lambda_: float,
-    normalize: str | bool,
-    elect: str,
-    rescale: str | bool,
-    measured: tuple[_Band, ...],
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    bands = [measured[position].thinning for position in voters]
-    normalized = normalizes(normalize, len(operands.models))
-    return elected_in_one_pass(voters, bands, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+    return TaskVectorSum(voters, _cut_to_bands(voters, density, measured), [applied[position] for position in voters])
 
 
 def _unless_outliers_go(values: Values, source: Source | None) -> Source | None:
@@ -234,7 +220,7 @@ def breadcrumbs(
     dead_knobs=_ties_dead_knobs,
     measure=_bands,
     copy_of=_elected_copy,
-    kernel=_fused_election,
+    kernel=elected_in_one_pass(_cut_to_bands),
 )
 def breadcrumbs_ties(
     base: Tensor,

@@ -87,7 +87,9 @@ def _dropped_deltas(
     return deltas
 
 
-def _drops(density: Sequence[float], factors: Sequence[float], positions: Sequence[int]) -> list[AtRandom | None]:
+def _drops(
+    positions: Sequence[int], density: Sequence[float], factors: Sequence[float], **others: object
+) -> list[AtRandom | None]:
     """Return what `_dropped_deltas` does, for the compiled loops."""
     return [
         AtRandom(density[position], position, factors[position]) if density[position] < 1 else None
@@ -108,25 +110,7 @@ def _fused_sum(
 ) -> TaskVectorSum:
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)
-    return TaskVectorSum(voters, _drops(density, measured, voters), [applied[position] for position in voters])
-
-
-def _fused_election(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    lambda_: float,
-    normalize: str | bool,
-    elect: str,
-    rescale: str | bool,
-    measured: tuple[float, ...],
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    dropped = _drops(density, measured, voters)
-    normalized = normalizes(normalize, len(operands.models))
-    return elected_in_one_pass(voters, dropped, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+    return TaskVectorSum(voters, _drops(voters, density, measured), [applied[position] for position in voters])
 
 
 def drop_dead_knobs(values: Values) -> list[str]:
@@ -202,7 +186,7 @@ def ties_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=ties_dead_knobs,
     measure=_rescales,
     copy_of=elected_copy,
-    kernel=_fused_election,
+    kernel=elected_in_one_pass(_drops),
 )
 def dare_ties(
     base: Tensor,

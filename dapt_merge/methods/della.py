@@ -166,7 +166,7 @@ def _pruned_deltas(
 
 
 def _drops(
-    density: Sequence[float], epsilon: Sequence[float], pruning: _Pruning, positions: Sequence[int]
+    positions: Sequence[int], density: Sequence[float], pruning: _Pruning, epsilon: Sequence[float], **others: object
 ) -> list[ByRank | None]:
     """Return what `_pruned_deltas` does, for the compiled loops."""
     return [
@@ -195,26 +195,7 @@ def _fused_sum(
 ) -> TaskVectorSum:
     voters = taking_part(weight, density)
     applied = scales(weight, normalize, lambda_, context)
-    return TaskVectorSum(voters, _drops(density, epsilon, measured, voters), [applied[position] for position in voters])
-
-
-def _fused_election(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    epsilon: tuple[float, ...],
-    lambda_: float,
-    normalize: str | bool,
-    elect: str,
-    rescale: str | bool,
-    measured: _Pruning,
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    dropped = _drops(density, epsilon, measured, voters)
-    normalized = normalizes(normalize, len(operands.models))
-    return elected_in_one_pass(voters, dropped, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+    return TaskVectorSum(voters, _drops(voters, density, measured, epsilon), [applied[position] for position in voters])
 
 
 @method(
@@ -267,7 +248,7 @@ def della_linear(
     measure=_pruning,
     check=_check,
     copy_of=elected_copy,
-    kernel=_fused_election,
+    kernel=elected_in_one_pass(_drops),
 )
 def della(
     base: Tensor,

@@ -7,8 +7,8 @@ nothing to elect, and TIES is task arithmetic on the trimmed task vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,20 +123,36 @@ def merge_elected(
     return (merged if lambda_ == 1 else merged.mul_(lambda_)).add_(base)
 
 
-def elected_in_one_pass(
-    voters: Sequence[int],
-    thinnings: Sequence[Thinning],
-    weight: Sequence[float],
-    *,
-    elect: str,
-    normalize: bool,
-    lambda_: float,
-) -> TaskVectorSum:
-    """Return what `merge_elected` does with the thinned task vectors of these models, for the compiled loops."""
-    weights = [weight[position] for position in voters]
-    if len(voters) == 1:
-        return TaskVectorSum(voters, thinnings, [lambda_ if normalize else lambda_ * weights[0]])
-    return TaskVectorSum(voters, thinnings, weights, elect, normalize, lambda_)
+def elected_in_one_pass(thinned: Callable[..., Sequence[Thinning]]) -> Callable[..., TaskVectorSum]:
+    """Return what `merge_elected` does with thinned task vectors, for the compiled loops.
+
+    Args:
+        thinned: (positions of the voters, density, measured, the method's other parameters) → how each is thinned.
+
+    Returns:
+        What a method takes as its `kernel`.
+    """
+
+    def fused(
+        operands: Operands,
+        *,
+        weight: tuple[float, ...],
+        density: tuple[float, ...],
+        lambda_: float,
+        normalize: str | bool,
+        elect: str,
+        measured: Any,
+        context: TensorContext,
+        **others: Any,
+    ) -> TaskVectorSum:
+        voters = taking_part(weight, density)
+        thinnings, weights = thinned(voters, density, measured, **others), [weight[position] for position in voters]
+        divides = normalizes(normalize, len(operands.models))
+        if len(voters) == 1:
+            return TaskVectorSum(voters, thinnings, [lambda_ if divides else lambda_ * weights[0]])
+        return TaskVectorSum(voters, thinnings, weights, elect, divides, lambda_)
+
+    return fused
 
 
 def _elected_sign(deltas: Sequence[Tensor], weights: Sequence[float], elect: str) -> Tensor:
@@ -234,24 +250,11 @@ def _dead_knobs(values: Values, count: int) -> list[str]:
     return dead
 
 
-def _fused(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    lambda_: float,
-    normalize: str | bool,
-    elect: str,
-    trim_scope: str,
-    rescale: str | bool,
-    measured: tuple[_Trim, ...],
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
+def _trimmed(
+    voters: Sequence[int], density: Sequence[float], measured: Sequence[_Trim], **others: object
+) -> list[Thinning]:
     trims = [measured[position] for position in voters]
-    trimmed = [None if trim.cutoff is None else ToBand(trim.cutoff, factor=trim.factor) for trim in trims]
-    normalized = normalizes(normalize, len(operands.models))
-    return elected_in_one_pass(voters, trimmed, weight, elect=elect, normalize=normalized, lambda_=lambda_)
+    return [None if trim.cutoff is None else ToBand(trim.cutoff, factor=trim.factor) for trim in trims]
 
 
 @method(
@@ -262,7 +265,7 @@ def _fused(
     dead_knobs=_dead_knobs,
     measure=_trims,
     copy_of=elected_copy,
-    kernel=_fused,
+    kernel=elected_in_one_pass(_trimmed),
 )
 def ties(
     base: Tensor,
