@@ -150,7 +150,7 @@ def _memory_bytes(plan: MergePlan, threads: int) -> int:
 
 
 def _bytes_per_element(plan: MergePlan, job: TensorJob) -> int:
-    """Nothing for a tensor that goes through in runs; else its exact value, and what a method of whole tensors holds."""
+    """Nothing for a tensor that goes through in runs; else its exact value and what methods of whole tensors hold."""
     method = job.parameters.method
     dtypes = [plan.checkpoints[label].tensors[stored].dtype for label, stored in job.reads]
     arithmetic = job.arithmetic or arithmetic_dtype(dtypes, job.out_dtype)
