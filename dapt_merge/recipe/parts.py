@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method, Parameter
-from dapt_merge.recipe.settings import Clause, read_setting, truncate
+from dapt_merge.recipe.settings import Clause, Scalar, read_setting, truncate
 
 if TYPE_CHECKING:
     from dapt_merge.recipe.schema import ModelInput, Recipe, Slice
@@ -34,18 +35,9 @@ _MERGEKITS_PARAMETERS = (
     *("normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "scale", "select_topk", "t", "tol", "weight"),
 )
 _MERGEKITS_METHODS = (
-    *(
-        "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "karcher",
-    ),
-    *("linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp"),
-    *("task_arithmetic", "ties"),
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
+    *("karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl"),
+    *("sce", "slerp", "task_arithmetic", "ties"),
 )
 Clauses = dict[str, tuple[Clause, ...]]
 
@@ -88,6 +80,18 @@ class Part:
     def inputs(self) -> tuple[PartInput, ...]:
         """The base, where there is one, and the models: in the order in which a merge reads them."""
         return self.models if self.base is None else (self.base, *self.models)
+
+    @cached_property
+    def constants(self) -> Mapping[str, tuple[Scalar, ...]] | None:
+        """Parameter → its value in each chain, where that is one for all tensors; None where any tensor may differ."""
+        firsts = {name: [chain[0] if chain else None for chain in chains] for name, chains in self.clauses.items()}
+        found: dict[str, tuple[Scalar, ...]] = {}
+        for name, clauses in firsts.items():
+            same = [clause for clause in clauses if clause is not None and clause.fits_all and not clause.is_gradient]
+            if len(same) < len(clauses):
+                return None
+            found[name] = tuple(clause.anchors[0] for clause in same)
+        return found
 
 
 @dataclass(frozen=True)

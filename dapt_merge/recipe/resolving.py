@@ -61,14 +61,17 @@ def resolve(
         0.5
     """
     values: dict[str, object] = {}
-    clauses = (part or recipe.parts[0]).clauses
+    part = part or recipe.parts[0]
     for parameter in recipe.method.parameters:
-        chains = clauses[parameter.name]
-        names = stored_names if parameter.per_model and stored_names else (name,) * len(chains)
-        picked = tuple(
-            _value(_first_fitting(chain, parameter.name, stored), recipe, name, layer, num_layers)
-            for chain, stored in zip(chains, names, strict=True)
-        )
+        if part.constants is not None:
+            picked = part.constants[parameter.name]
+        else:
+            chains = part.clauses[parameter.name]
+            names = stored_names if parameter.per_model and stored_names else (name,) * len(chains)
+            picked = tuple(
+                _value(_first_fitting(chain, parameter.name, stored), recipe, name, layer, num_layers)
+                for chain, stored in zip(chains, names, strict=True)
+            )
         values[parameter.name] = picked if parameter.per_model else picked[0]
     return ResolvedParameters(recipe.method, values)
 
