@@ -209,7 +209,9 @@ def _working_dtype(recipe: Recipe) -> Iterator[str]:
     if recipe.input_dtype is not None:
         yield (
             f"the inputs are rounded to dtype '{recipe.input_dtype}' before the merge, and lose what it cannot hold;"
-            f" out_dtype '{recipe.out_dtype}' alone would keep it (the arithmetic is always float32)."
+            f" out_dtype '{recipe.out_dtype}' alone would keep it."
         )
-    if recipe.rounding == "stochastic" and recipe.output_dtype == "float32":
-        yield "rounding: stochastic has no effect: a float32 output is not rounded."
+    if recipe.rounding == "stochastic" and recipe.output_dtype == "float64":
+        yield "rounding: stochastic has no effect: a float64 output is not rounded."
+    if recipe.rounding == "stochastic" and recipe.output_dtype == "float32" and recipe.arithmetic != "float64":
+        yield "rounding: stochastic has no effect: a float32 output is rounded only of weights stored in float64."

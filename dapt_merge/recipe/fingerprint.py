@@ -69,6 +69,8 @@ def _canonical(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
         content |= {"rounding": "stochastic", "seed": recipe.seed}
     if recipe.input_dtype is not None:
         content["input_dtype"] = recipe.input_dtype
+    if recipe.arithmetic not in (None, recipe.output_dtype):
+        content["arithmetic"] = recipe.arithmetic
     if recipe.modules is None:
         return content | _canonical_parts(recipe.parts, recipe.method, inputs)
     modules = {

@@ -1,6 +1,7 @@
 """A merge waits for the disk when it is asked to, and goes on after a power cut with nothing that may be lost."""
 
 import json
+import time
 import os
 import subprocess
 import sys
@@ -54,11 +55,19 @@ def files_of(folder):
 
 
 def interrupted(lazy, out, monkeypatch, **settings):
-    """Stop a merge at its seventh tensor; return its journal."""
+    """Stop a merge at its seventh tensor, once the first file is noted as finished; return its journal."""
     whole, names = stream.merge_tensor_in_runs, []
+
+    def noted():
+        return any(
+            path.read_bytes().endswith(b"\n") for path in out.parent.glob(f".{out.name}.partial-*/{JOURNAL_FILE}")
+        )
 
     def merged(job, *arguments, **keywords):
         if len(names) == 6:
+            give_up = time.monotonic() + 60  # files are finished by threads of their own, whenever those have a turn
+            while not noted() and time.monotonic() < give_up:
+                time.sleep(0.01)
             raise KeyboardInterrupt
         names.append(job.name)
         return whole(job, *arguments, **keywords)

@@ -79,6 +79,7 @@ def test_paths_do_not_matter_but_contents_do():
         ("value: 0.9", "value: 0.8"),
         ("dtype: bfloat16", "dtype: float32"),
         ("dtype: bfloat16\n", ""),
+        ("dtype: bfloat16", "dtype: float64\nout_dtype: bfloat16"),  # the same output dtype, computed otherwise
         ("dtype: bfloat16", "dtype: bfloat16\ngradient_outer: mergekit"),
         ("merge_method: ties", "merge_method: dare_ties"),
         ("  - model: e\n    parameters: {weight: 1}\n", ""),

@@ -76,6 +76,16 @@ class TestFiles:
         assert "'dtype' is given twice" in error.what
         assert "line 13" in error.where
 
+    def test_whole_numbers_are_no_weights(self, file):
+        """mergekit takes int64, and makes zeros of weights below 1."""
+        import torch
+        from mergekit.common import dtype_from_name
+
+        assert not torch.full((4,), 0.99).to(dtype_from_name("int64")).any()
+        error = told(file(VALID.replace("dtype: bfloat16", "dtype: int64")))
+        assert "rounded to whole numbers" in error.what
+        assert "dtype" in error.where
+
     def test_a_file_cannot_construct_python_objects(self, file, tmp_path):
         mark = tmp_path / "executed"
         error = told(file(f"merge_method: !!python/object/apply:os.mkdir ['{mark}']\n"))
