@@ -1,10 +1,10 @@
 """A merge waits for the disk when it is asked to, and goes on after a power cut with nothing that may be lost."""
 
 import json
-import time
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch

@@ -198,5 +198,5 @@ def test_a_gradient_that_reaches_the_head_is_told_until_the_recipe_chooses():
 
 def test_a_working_dtype_beside_another_output_dtype_is_reported():
     text = "merge_method: slerp\nbase_model: b\nmodels: [{model: d}]\nparameters: {t: 0.5}\ndtype: bfloat16\n"
-    assert "float32" in warnings(text + "out_dtype: float16\n")[0]
+    assert "rounded to dtype 'bfloat16'" in warnings(text + "out_dtype: float16\n")[0]
     assert warnings(text + "out_dtype: bfloat16\n") == []
