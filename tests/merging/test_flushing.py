@@ -46,8 +46,8 @@ def synced(monkeypatch):
     return paths
 
 
-def save(lazy, out, **settings):
-    return lazy.save(out, threads=2, shard_bytes=SHARD_BYTES, **settings)
+def save(lazy, out, threads=2, **settings):
+    return lazy.save(out, threads=threads, shard_bytes=SHARD_BYTES, **settings)
 
 
 def files_of(folder):
@@ -75,7 +75,7 @@ def interrupted(lazy, out, monkeypatch, **settings):
     with monkeypatch.context() as patch:
         patch.setattr(stream, "merge_tensor_in_runs", merged)
         with pytest.raises(KeyboardInterrupt):
-            save(lazy, out, **settings)
+            save(lazy, out, threads=1, **settings)  # else two files may be half done, and none finished
     [folder] = out.parent.glob(f".{out.name}.partial-*")
     return folder / JOURNAL_FILE
 
