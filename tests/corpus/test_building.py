@@ -454,7 +454,11 @@ def test_the_command_builds_shows_and_prints_json(config_file: Path, tmp_path: P
     assert "## What was left out" in trial.stdout
 
 
-@pytest.mark.parametrize("content", [b"", b'{"text": "a"}\n{"text": \n', "où".encode("latin1"), gzip.compress(b"{}")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"text": "a"}\n{"text": \n', "où".encode("latin1"), gzip.compress(b"{}", mtime=0)],
+    ids=["empty", "broken JSON", "latin1", "gzip"],
+)
 def test_a_bad_source_is_refused_by_the_command(config_file: Path, tmp_path: Path, content: bytes) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(content)
