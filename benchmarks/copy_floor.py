@@ -3,7 +3,7 @@
     python benchmarks/copy_floor.py [--flush] [--threads N] INPUT... OUTPUT
 
 Every byte of every input file is read, and the bytes of the first are written to OUTPUT, which is made before; reading
-and writing go on in N threads. `--flush` also waits for the disk, as a merge does before its output gets its name.
+and writing go on in N threads. `--flush` also waits for the disk, as a merge does with its own `--flush`.
 """
 
 from __future__ import annotations

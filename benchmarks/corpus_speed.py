@@ -31,7 +31,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "corpus_speed"
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.5
 MEDIAN_WORDS, SPREAD = 120, 0.8
 COPIES, NEAR_COPIES = 0.02, 0.05
 SENTENCES_OF_A_LINE = 4

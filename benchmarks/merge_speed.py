@@ -454,8 +454,9 @@ def write_report(record: Record, folder: Path, threads: int) -> None:
     lines += [", ".join(f"{key} {value}" for key, value in record.setting["versions"].items()), ""]
     lines += [
         "Whole processes, start-up included, inputs in the page cache, medians of the runs in brackets. The floor",
-        "imports torch, reads every input byte and writes every output byte; the flushed floor also waits for the",
-        "disk, as a merge does before its output gets its name. Memory is the highest RssAnon of any run.",
+        "imports torch, reads every input byte and writes every output byte; as a merge does, it leaves the last ones",
+        "to the kernel. The flushed floor also waits for the disk, as a merge does with `--flush`. Memory is the",
+        "highest RssAnon of any run.",
         "",
     ]
     for size in sizes:

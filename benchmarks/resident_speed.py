@@ -6,9 +6,11 @@
 
 Timed, in this process and after a warm-up: `ResidentMerger.apply` of a recipe with a weight that it has not seen, its
 report included. The floor is copying the base and the task vectors' models once, with all threads. Beside it
-`mergekit.merge_methods.api.merge_state_dicts` on the same tensors, and a merge to a folder that `from_pretrained` then
-loads. The first time is that of a new merger, which has yet to select and to hash its inputs. Everything is run in
-turn; the slow ones, mergekit and the disk, in fewer rounds. Medians are told. Nothing is downloaded.
+`mergekit.merge_methods.api.merge_state_dicts` on the same tensors, and three ways over the disk, each followed by
+`from_pretrained` in this process: our own merge as a function, our own as a command (`dapt-merge merge`) and mergekit's
+(`mergekit-yaml`), start-up included: what a search that merges by commands does for every trial. The first time is
+that of a new merger, which has yet to select and to hash its inputs. Everything is run in turn; the slow ones, mergekit
+and the disk, in fewer rounds. Medians are told. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_speed import machine, versions
+from merge_speed import beside, machine, versions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +51,11 @@ SMOLLM2_135M = {
     "tie_word_embeddings": True,
 }
 BASE_RMS, DELTA_RMS = 0.02, 0.001
+OVER_THE_DISK = {
+    "disk": "`merge_to_disk`, a function",
+    "command": "`dapt-merge merge`, a process",
+    "mergekit command": "`mergekit-yaml`, a process",
+}
 
 State = dict[str, Tensor]
 
@@ -133,6 +142,46 @@ class Bench:
 
         return merge_and_load
 
+    def command(self, case: Case) -> Callable[[], object]:
+        path = self.work / "recipe.yaml"
+        path.write_text(self.recipe(case).to_yaml(), encoding="utf-8")
+        threads = ["--threads", str(self.threads)]
+        return self._run_and_load([str(beside("dapt-merge")), "merge", str(path), *threads, "-o"])
+
+    def mergekit_command(self, case: Case) -> Callable[[], object] | None:
+        program = beside("mergekit-yaml")
+        if not program.is_file():
+            return None
+        weight = self.weight()
+        shares = [1 - weight, weight] if case.method == "linear" else [0.0, weight]
+        first = 0 if case.method == "linear" else 1
+        content: dict[str, Any] = {
+            "merge_method": case.method,
+            "models": [
+                {"model": label, "parameters": {"weight": share, **dict(case.settings)}}
+                for label, share in list(zip(self.labels, shares, strict=False))[first:]
+            ],
+            "dtype": "bfloat16",
+        }
+        if case.method != "linear":
+            content["base_model"] = self.labels[0]
+        path = self.work / "mergekit.yaml"
+        path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+        return self._run_and_load([str(program), str(path)], "--no-copy-tokenizer")
+
+    def _run_and_load(self, command: list[str], *flags: str) -> Callable[[], object]:
+        """Return what runs a command that writes a folder, and loads that."""
+        out = self.work / "by-command"
+        shutil.rmtree(out, ignore_errors=True)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        environment.pop("OMP_NUM_THREADS", None)
+
+        def run_and_load() -> None:
+            subprocess.run([*command, str(out), *flags], env=environment, capture_output=True, check=True)
+            AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+
+        return run_and_load
+
     def mergekit(self, case: Case) -> Callable[[], object] | None:
         try:
             from mergekit.merge_methods.api import merge_state_dicts
@@ -181,6 +230,8 @@ def measure(bench: Bench, rounds: int, slow_rounds: int) -> dict[str, dict[str, 
                 note(case, "mergekit", bench.mergekit(case))
                 if case.disk:
                     note(case, "disk", bench.disk(case))
+                    note(case, "command", bench.command(case))
+                    note(case, "mergekit command", bench.mergekit_command(case))
     return seconds
 
 
@@ -193,17 +244,16 @@ def summary(case: Case, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     if "first" in medians:
         row["first_times_floor"] = medians["first"] / medians["floor"]
         row["at_most_times_floor_first"] = case.at_most_times_floor_first
-    for kind in ("mergekit", "disk"):
+    for kind in ("mergekit", *OVER_THE_DISK):
         if kind in medians:
-            row[f"times_faster_than_{kind}"] = medians[kind] / medians["again"]
+            row[f"times_faster_than_{kind.replace(' ', '_')}"] = medians[kind] / medians["again"]
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| method | task vectors | floor | again | × floor | first | × floor | mergekit | × faster | disk and load "
-        "| × faster |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| method | task vectors | floor | again | × floor | first | × floor | mergekit | × faster |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         seconds = row["median_seconds"]
@@ -217,10 +267,24 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             _held(row.get("first_times_floor"), row.get("at_most_times_floor_first"), "≤"),
             _ms(seconds.get("mergekit")),
             _held(row.get("times_faster_than_mergekit"), row["at_least_times_faster"], "≥"),
-            _ms(seconds.get("disk")),
-            _held(row.get("times_faster_than_disk"), 30 if "disk" in seconds else None, "≥"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table_over_the_disk(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| method | task vectors | merged to a folder by | with `from_pretrained` | again | × faster |",
+        "|---|--:|---|--:|--:|--:|",
+    ]
+    for row in rows:
+        seconds = row["median_seconds"]
+        for kind, way in OVER_THE_DISK.items():
+            if kind not in seconds:
+                continue
+            faster = row[f"times_faster_than_{kind.replace(' ', '_')}"]
+            cells = [row["method"], str(row["task_vectors"]), way, _ms(seconds[kind]), _ms(seconds["again"])]
+            lines.append("| " + " | ".join([*cells, _held(faster, 30, "≥")]) + " |")
     return lines
 
 
@@ -307,7 +371,13 @@ def main() -> None:
         "",
         "floor: base and models copied once with all threads. again: `ResidentMerger.apply` with a new weight, report "
         "included. first: a new merger, which selects and hashes its inputs. mergekit: `merge_state_dicts` on the same "
-        "tensors. disk and load: `merge_to_disk`, then `from_pretrained`.",
+        "tensors.",
+        "",
+        "## Instead of the disk",
+        "",
+        "What a search would do for every trial: merge to a folder, then load it with `from_pretrained`.",
+        "",
+        *table_over_the_disk(rows),
         "",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in found["versions"].items()) + ".",
     ]

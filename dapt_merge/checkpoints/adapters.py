@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.checkpoints.files import map_file, read_header, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.checkpoints.hub import looks_like_hub_id
@@ -157,10 +158,12 @@ def _adapted(weight: Tensor, change: _Change, adapter: Adapter) -> Tensor:
         down, up = adapter.read(change.down), adapter.read(change.up)
         weight = adapted_weight(weight, down, up, change.scaling, magnitude, transposed=change.transposed)
     if change.bias is not None:
-        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(_computed_in(weight.dtype))
+        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(
+            at_least_float32(weight.dtype)
+        )
     if change.rows is not None:
         rows = torch.tensor(change.row_indices)
-        wide = weight.to(_computed_in(weight.dtype))
+        wide = weight.to(at_least_float32(weight.dtype))
         weight = wide.index_copy(0, rows, adapter.read(change.rows).to(wide.dtype))
     return weight
 
@@ -189,7 +192,7 @@ def adapted_weight(
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
-    result = torch.empty(weight.shape, dtype=_computed_in(weight.dtype))
+    result = torch.empty(weight.shape, dtype=at_least_float32(weight.dtype))
     source, target = (weight.T, result.T) if transposed else (weight, result)
     down_exact = down.double()
     step = max(1, _CHUNK_ELEMENTS // max(1, source.shape[1]))
@@ -200,10 +203,6 @@ def adapted_weight(
             moved *= (magnitude[run].double() / moved.norm(dim=1))[:, None]
         target[run] = moved
     return result
-
-
-def _computed_in(stored: torch.dtype) -> torch.dtype:
-    return torch.promote_types(stored, torch.float32)
 
 
 # --- which tensors an adapter changes ---------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def _adapted_info(name: str, change: _Change, stored: TensorInfo | None, adapter
     assert source is not None
     kept_as = source.dtype if stored is None else stored.dtype
     computed = change.down is not None or change.bias is not None or change.rows is not None
-    dtype = _computed_in(source.dtype) if computed else source.dtype
+    dtype = at_least_float32(source.dtype) if computed else source.dtype
     file = None if stored is not None and stored.file is None else adapter.folder / ADAPTER_WEIGHTS
     return TensorInfo(name, dtype, source.shape, math.prod(source.shape) * dtype.itemsize, file, kept_as)
 

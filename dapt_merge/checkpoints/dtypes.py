@@ -63,3 +63,13 @@ def dtype_name(dtype: torch.dtype) -> str:
         'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in with numbers of a floating dtype: float32, or their own where that is wider.
+
+    Example:
+        >>> at_least_float32(torch.bfloat16), at_least_float32(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)

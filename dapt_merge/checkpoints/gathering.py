@@ -19,6 +19,7 @@ from torch import Tensor
 from dapt_merge.checkpoints.alignment import MEAN, MEAN_OF_OWN, ZERO, Alignment
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.companions import with_moved_ids
+from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.checkpoints.groups import vocabulary_axis
 from dapt_merge.checkpoints.scratch import scratch_tensor
 
@@ -96,7 +97,7 @@ class AlignedCheckpoint(Checkpoint):
     def _dtype(self, info: TensorInfo) -> torch.dtype:
         """Return the narrowest dtype that holds every row as it is; means of several rows are float32 at least."""
         donors = self._alignment.donors[self._alignment.places[self._label_of_own] < 0].unique().tolist()
-        dtype = torch.promote_types(info.dtype, torch.float32) if MEAN in donors else info.dtype
+        dtype = at_least_float32(info.dtype) if MEAN in donors else info.dtype
         for donor in donors:
             other = self._donor(donor).tensors.get(info.name) if donor >= 0 else None
             dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.errors import InputError
 
 
@@ -96,7 +97,7 @@ class AveragedCheckpoint(Checkpoint):
 
 
 def _averaged(info: TensorInfo) -> TensorInfo:
-    dtype = torch.promote_types(info.dtype, torch.float32) if info.dtype.is_floating_point else info.dtype
+    dtype = at_least_float32(info.dtype) if info.dtype.is_floating_point else info.dtype
     return TensorInfo(info.name, dtype, info.shape, info.elements * dtype.itemsize)
 
 

@@ -186,8 +186,17 @@ class CheckpointWriter:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._close_files()
+            return
+        self._close_files()
+        if error is not None:
+            for failure in self._failures():
+                if failure is not error:
+                    error.add_note(f"A file could not be written, either: {failure!r}")
+
+    def _failures(self) -> list[BaseException]:
+        """Return what writes that are over ended with, beside those that ended well."""
+        writes = [write for shard in self._shards.values() for write in (*shard.writes, shard.finished) if write]
+        return [failure for write in writes if write.done() and (failure := write.exception()) is not None]
 
     def _lay_out(self, number: int, shard: Sequence[TensorSpec]) -> tuple[bytes, int]:
         """Settle where each tensor of a file lies, and return the file's header and length."""

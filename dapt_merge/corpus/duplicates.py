@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dapt_merge.corpus.compiled import compiled
+from dapt_merge.compiling import compiled
 from dapt_merge.corpus.config import NearDuplicates
 from dapt_merge.corpus.shingles import jaccard, shingles
 
@@ -144,7 +144,7 @@ class _Buckets:
         self._last[self._bucket[place]] = place
 
 
-@compiled
+@compiled()
 def _band_keys(signatures: np.ndarray, documents: np.ndarray, first: int, rows: int) -> np.ndarray:
     """Return a hash of each document's numbers in a band, uint64 [documents]."""
     keys = np.empty(len(documents), dtype=np.uint64)
@@ -157,7 +157,7 @@ def _band_keys(signatures: np.ndarray, documents: np.ndarray, first: int, rows: 
     return keys
 
 
-@compiled
+@compiled()
 def _mark_repeated(keys: np.ndarray, repeated: np.ndarray, marks: np.ndarray) -> None:
     """Set the marks of those keys that are among the sorted `repeated`."""
     for place in range(len(keys)):
@@ -166,7 +166,7 @@ def _mark_repeated(keys: np.ndarray, repeated: np.ndarray, marks: np.ndarray) ->
             marks[place] = True
 
 
-@compiled
+@compiled()
 def _kept_beside(
     place: int, bucket: np.ndarray, last: np.ndarray, before: np.ndarray, asked_by: np.ndarray
 ) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dapt_merge.corpus.compiled import compiled
+from dapt_merge.compiling import compiled
 
 
 def language_of(text: str) -> tuple[str, float]:
@@ -56,7 +56,7 @@ def _identifier() -> Any:
     return Compiled.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-@compiled
+@compiled()
 def _visits(
     letters: np.ndarray, moves: np.ndarray, rows: np.ndarray, features: np.ndarray, places: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

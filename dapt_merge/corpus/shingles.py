@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from dapt_merge.corpus.compiled import compiled
+from dapt_merge.compiling import compiled
 
 _WORD = re.compile(r"\w+")
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
@@ -50,7 +50,7 @@ def runs_of(words: str, ngram: int) -> np.ndarray:
     return _hash_runs(np.frombuffer(words.encode("utf-8", "replace"), dtype=np.uint8), ngram)
 
 
-@compiled
+@compiled()
 def _mixed(value: np.uint64) -> np.uint64:
     value ^= value >> np.uint64(33)
     value *= _MIX_1
@@ -59,7 +59,7 @@ def _mixed(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(33))
 
 
-@compiled
+@compiled()
 def _hash_runs(letters: np.ndarray, ngram: int) -> np.ndarray:
     words = np.empty(len(letters) // 2 + 1, dtype=np.uint64)
     count = 0
@@ -98,7 +98,7 @@ def signature(hashes: np.ndarray, count: int) -> np.ndarray:
     return _signature(hashes, *permutations(count))
 
 
-@compiled
+@compiled()
 def _signature(hashes: np.ndarray, multipliers: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     least = np.full(len(multipliers), 0xFFFFFFFF, dtype=np.uint32)
     for value in hashes:
@@ -126,7 +126,7 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return float(_jaccard(np.sort(one), np.sort(other)))
 
 
-@compiled
+@compiled()
 def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
     i = j = shared = union = 0
     while i < len(one) or j < len(other):

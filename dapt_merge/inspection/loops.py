@@ -7,31 +7,17 @@ line shows, none is fused with another. What this module does not know: tensors,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from dapt_merge.compiling import compiled
 
 _RUN_ELEMENTS = 2048  # 8 KiB a buffer
+_OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
 
-def _compiled(**more: Any) -> Callable[[Function], Function]:
-    """Compile at the first call; keep the code on the disk where a folder can be written to."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False, **more}
-
-    def compiled(function: Function) -> Function:
-        try:
-            return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
-        except RuntimeError:
-            return numba.njit(function, **options)  # type: ignore[no-any-return]
-
-    return compiled
-
-
-@_compiled(fastmath={"reassoc"})  # the sums may be added in any order, and so several at a time
+@compiled(**_OPTIONS, fastmath={"reassoc"})  # the sums may be added in any order, and so several at a time
 def _dot(one: Any, other: Any) -> Any:
     total = np.float64(0.0)
     for i in range(one.size):
@@ -39,7 +25,7 @@ def _dot(one: Any, other: Any) -> Any:
     return total
 
 
-@_compiled()
+@compiled(**_OPTIONS)
 def _round(values: Any, rounded: Any) -> None:
     """Write bfloat16's nearest (ties to even) to each of some finite float32, as float32."""
     bits, rounded_bits = values.view(np.uint32), rounded.view(np.uint32)
@@ -48,7 +34,7 @@ def _round(values: Any, rounded: Any) -> None:
         rounded_bits[i] = (bits[i] + np.uint32(0x7FFF) + last_kept) & np.uint32(0xFFFF0000)
 
 
-@_compiled()
+@compiled(**_OPTIONS)
 def measure(base: Any, model: Any, weights: Any, sums: Any, counts: Any, squares: Any) -> int:
     """Add up one piece of a task vector δ = model − base, and what bfloat16 leaves of w·δ at each weight w.
 
@@ -97,7 +83,7 @@ def measure(base: Any, model: Any, weights: Any, sums: Any, counts: Any, squares
     return changed
 
 
-@_compiled()
+@compiled(**_OPTIONS)
 def count_moves(base: Any, model: Any, up: Any, down: Any) -> None:
     """Add one to `up` or `down` (int16, as long) for each element that the model has moved that way."""
     for i in range(base.size):
@@ -105,7 +91,7 @@ def count_moves(base: Any, model: Any, up: Any, down: Any) -> None:
         down[i] += model[i] < base[i]
 
 
-@_compiled()
+@compiled(**_OPTIONS)
 def count_agreement(up: Any, down: Any) -> tuple[int, int]:
     """Return how many elements at least two models moved, and how many of those they all moved one way."""
     shared = agreeing = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.methods.masks import keep_mask
 
 # The streams of models' masks count up from 0.
@@ -38,7 +39,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, seed: int, name: st
     """
     rounded = torch.empty(values.shape, dtype=dtype)
     flat, out = values.reshape(-1), rounded.view(-1)
-    wide = torch.promote_types(values.dtype, torch.float32)
+    wide = at_least_float32(values.dtype)
     for begin in range(0, values.numel(), _PIECE_ELEMENTS):
         exact = flat[begin : begin + _PIECE_ELEMENTS].to(wide)
         near = exact.to(dtype)

@@ -11,8 +11,7 @@ What this module does not know: methods, parameters, tensors. It is given addres
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -20,11 +19,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dapt_merge.methods.loading_numba import load_without_scipy
-
-load_without_scipy()
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from dapt_merge.compiling import Function, compiled
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 ITEM_BYTES = (2, 2, 4)
@@ -44,20 +39,13 @@ _RANK_OCTAVES = 6  # above a typical magnitude that have buckets of their own
 _SAMPLED_OF_ROW = 128
 _MOST_COMPARED = 16  # elements in a bucket that are all compared with each other
 
-
-def _compiled(function: Function) -> Function:
-    """Compile at the first call; keep the code beside this file, in the user's cache folder, or else only in memory."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    try:
-        return numba.njit(function, cache=True, **options)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder can be written to
-        return numba.njit(function, **options)  # type: ignore[no-any-return]
+_OPTIONS = {"error_model": "numpy", "boundscheck": False}
+_compiled = compiled(**_OPTIONS)
 
 
 def _part(function: Function) -> Function:
     """Compile as a part of what calls it: not kept by itself, and not to be called from Python, which saves time."""
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    return numba.njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)  # type: ignore[no-any-return]
+    return numba.njit(function, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # type: ignore[no-any-return]
 
 
 @intrinsic  # type: ignore[untyped-decorator]

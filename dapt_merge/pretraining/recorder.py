@@ -75,7 +75,8 @@ class RunRecorder(TrainerCallback):
         note: called with sentences for the user.
 
     Attributes:
-        paused_at: the step after which the time was up.
+        paused_at: the step after which the run was saved and left, or None.
+        pause_reason: why it was.
         stopped: why the run ended early, or None.
     """
 
@@ -101,7 +102,8 @@ class RunRecorder(TrainerCallback):
         self._measurements: list[Measurement] = []
         self._longest_step = self._longest_save = 0.0
         self._clock = self._saved = time.monotonic()
-        self._terminated = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._asked_to_end = False
         self.paused_at: int | None = None
         self.stopped: str | None = None
 
@@ -126,7 +128,7 @@ class RunRecorder(TrainerCallback):
         self._measurements = [(line["tokens"], line["heldout"]) for line in self._run.log() if "heldout" in line]
         if self._monitor is not None and not self._measurements:
             self._write_line({"step": 0, "tokens": 0, "heldout": self._measure(0)})
-        self._listen_for_termination()
+        self._listen()
         self._progress(state.global_step)
         self._clock = self._saved = time.monotonic()
 
@@ -248,7 +250,7 @@ class RunRecorder(TrainerCallback):
 
     def _time_is_up(self) -> bool:
         """Whether the next step could end too late to save after it."""
-        if self._terminated:
+        if self._asked_to_end:
             return True
         if self._deadline is None:
             return False
@@ -304,17 +306,29 @@ class RunRecorder(TrainerCallback):
         if is_main():
             self._run.forget_states(keep=step)
 
-    def _listen_for_termination(self) -> None:
-        """Save and stop on SIGTERM, which schedulers send before they kill; not with a launcher, which means it."""
-        if process_count() == 1 and threading.current_thread() is threading.main_thread():
+    def _listen(self) -> None:
+        """Save and stop on Ctrl-C, and on SIGTERM, which schedulers send before they kill; not with a launcher.
 
-            def terminate(*_: Any) -> None:
-                self._terminated = True
+        A launcher means it, and has the other processes to think of. A second Ctrl-C ends the run where it is.
+        """
+        if process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            return
 
-            self._previous_handler = signal.signal(signal.SIGTERM, terminate)
+        def end(number: int, _: Any) -> None:
+            self._asked_to_end = True
+            if number == signal.SIGINT:
+                self.stop_listening()
+                self._note("stopping after this step, to save; Ctrl-C again stops now, and loses what is not saved")
+
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            self._previous_handlers[kind] = signal.signal(kind, end)
 
     def stop_listening(self) -> None:
-        """Give SIGTERM back to whoever had it."""
-        previous = getattr(self, "_previous_handler", None)
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        """Give the signals back to whoever had them."""
+        while self._previous_handlers:
+            kind, previous = self._previous_handlers.popitem()
+            signal.signal(kind, previous)
+
+    @property
+    def pause_reason(self) -> str:  # noqa: D102
+        return "the run was told to end" if self._asked_to_end else "the time was up"

@@ -33,7 +33,7 @@ _NOT_IDENTITY = {"output", "cache_folder", "base", "corpus", "precision", "shard
 
 
 class RunPaused(DaptMergeError):
-    """The time was up before the run was complete; its state is saved (exit code 75: try again)."""
+    """The run ended before it was complete, its time up or told to; its state is saved (exit code 75: try again)."""
 
     exit_code = 75
 
@@ -61,7 +61,7 @@ def pretrain(
 
     Raises:
         InputError: an unusable input; the output holds another run, something else, or is in use.
-        RunPaused: the time was up, or the process was told to end (SIGTERM); the same call goes on.
+        RunPaused: the time was up, or the process was told to end (SIGTERM, Ctrl-C); the same call goes on.
         DaptMergeError: training diverged.
     """
     started = time.monotonic()
@@ -349,7 +349,7 @@ def _fit(
 
 def _paused(recorder: RunRecorder, timetable: Timetable, run: RunFolder) -> RunPaused:
     return RunPaused(
-        f"the time was up after step {recorder.paused_at} of {timetable.steps}; the state is saved",
+        f"{recorder.pause_reason} after step {recorder.paused_at} of {timetable.steps}; the state is saved",
         where=run.path,
         remedy="Give the same command again: it goes on from there.",
     )

@@ -111,6 +111,21 @@ def test_a_tensor_other_than_announced_is_an_error(tmp_path, wrong):
         w.write("a", wrong)
 
 
+def test_a_write_that_failed_is_told_beside_what_stopped_the_merge(tmp_path):
+    def fail(file, names):
+        raise OSError(5, f"{file} cannot be noted")
+
+    def interrupted():
+        with CheckpointWriter(tmp_path, described({"a": torch.ones(2)}), on_finished=fail) as writer:
+            writer.write("a", torch.ones(2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        interrupted()
+    [note] = stopped.value.__notes__
+    assert "model.safetensors cannot be noted" in note
+
+
 def test_a_non_contiguous_tensor_is_written_in_row_major_order(tmp_path):
     tensor = torch.arange(12.0).reshape(3, 4).T
     written(tmp_path / "out", {"a": tensor}, shard_bytes=10**9)

@@ -42,6 +42,23 @@ def test_the_realised_share_is_the_one_asked_for_to_half_a_token(
     assert abs(mix.tokens[0] * held[1] - mix.tokens[1] * held[0]) <= held[0] + held[1]
 
 
+@given(
+    epochs=st.floats(0.01, 20).map(lambda number: round(number, 3)),
+    share=st.sampled_from([0.0, 0.05, 0.25, 0.5]),
+    held=st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)),
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+)
+def test_parts_of_epochs_give_the_domain_as_many_tokens_up_to_a_row(
+    epochs: float, share: float, held: tuple[int, int], weight: float
+) -> None:
+    replay = [REPLAY] if share else []
+    mix = resolve_mix(config({"weight": weight}, *replay, replay_share=share, epochs=epochs), held[: 1 + len(replay)])
+    total = sum(mix.tokens)
+    assert total == mix.rows * 100
+    assert abs(mix.tokens[0] - epochs * weight * held[0]) <= 100 + 1e-9 * total
+    assert abs(total - mix.tokens[0] - total * share) <= 0.5 + 1e-9 * total
+
+
 def test_epochs_count_the_domain_and_replay_comes_on_top() -> None:
     mix = resolve_mix(config({}, REPLAY, replay_share=0.2, epochs=3), [8000, 10_000])
     assert mix.tokens == (24_000, 6_000)

@@ -228,10 +228,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
 @pytest.mark.parametrize(
     "why",
-    ["time", pytest.param("termination", marks=pytest.mark.slow), pytest.param("minutes", marks=pytest.mark.slow)],
+    [
+        "time",
+        pytest.param("termination", marks=pytest.mark.slow),
+        "Ctrl-C",
+        pytest.param("minutes", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_from_between_its_checkpoints(settings: dict[str, Any], tmp_path: Path, why: str) -> None:
-    """The time limit and SIGTERM save and stop; every so many minutes the state is saved without stopping."""
+    """The time limit, SIGTERM and Ctrl-C save and stop; every so many minutes the state is saved without stopping."""
     overrides = ["checkpoints=1", "precision=bf16-master"]
     whole = train({**settings, "output": str(tmp_path / "whole")}, *overrides)
     run = Path(settings["output"])
@@ -239,19 +244,21 @@ def test_a_run_goes_on_from_between_its_checkpoints(settings: dict[str, Any], tm
         with pytest.raises(Stop):
             train(settings, *overrides, "save_every_minutes=1e-9", on_log=stop_at(4))
     else:
+        sent = {"termination": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 
-        def terminate(line: dict[str, Any]) -> None:
-            if why == "termination" and line["step"] == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+        def end(line: dict[str, Any]) -> None:
+            if why in sent and line["step"] == 3:
+                os.kill(os.getpid(), sent[why])
 
+        said = "the time was up" if why == "time" else "the run was told to end"
         limit = 0.1 if why == "time" else None
-        with pytest.raises(RunPaused, match=r"the time was up after step \d of 6") as caught:
-            train(settings, *overrides, time_limit_seconds=limit, on_log=terminate)
+        with pytest.raises(RunPaused, match=rf"{said} after step \d of 6") as caught:
+            train(settings, *overrides, time_limit_seconds=limit, on_log=end)
         assert caught.value.exit_code == 75
     assert not list(run.glob("checkpoint-*"))
     lines: list[dict[str, Any]] = []
     assert_same_weights(whole[-1], train(settings, *overrides, on_log=lines.append)[-1])
-    assert lines[0]["step"] == {"time": 2, "termination": 5, "minutes": 5}[why]
+    assert lines[0]["step"] == {"time": 2, "minutes": 5}.get(why, 5)
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4, 5, 6]
 
 
