@@ -219,7 +219,7 @@ def _export_chapter(options: DemoOptions, data: DemoData, report: Report, tell: 
     from dapt_merge.evaluation import evaluate
     from dapt_merge.evaluation.statistics import suite_score
     from dapt_merge.reports.report import main_axes
-    from dapt_merge.study import export_trial, load_study
+    from dapt_merge.study import export_trial, knee, load_study
     from dapt_merge.study.scoring import evaluation_dtype
 
     tell.chapter(
@@ -228,14 +228,13 @@ def _export_chapter(options: DemoOptions, data: DemoData, report: Report, tell: 
     )
     folder = options.output / "merged"
     study = load_study(options.output / "study")
-    knee = next((row for row in report.rows if row.role == "knee"), None)
-    pick = "knee" if knee is None or knee.trial is None else str(knee.trial)
+    number = knee(study).number
     if not (folder / "config.json").is_file():
         with tell.progress("writing", "weights") as on_progress:
-            export_trial(study, pick, folder, on_progress=on_progress)
-    tell.say(f"trial {pick} written to {folder}")
+            export_trial(study, number, folder, on_progress=on_progress)
+    tell.say(f"trial {number}, {study.trial(number).label}, written to {folder}")
     dtype = evaluation_dtype(study.config.get("dtype", "auto"), None)
-    judged = next(row for row in report.rows if knee is None or row.role == "knee")
+    judged = next(row for row in report.rows if row.trial == number)
     suites = [data.report_suites[name] for name in ("domain", "general")]
     with tell.progress("scoring the exported model", "items") as on_progress:
         scores = evaluate(
@@ -246,7 +245,7 @@ def _export_chapter(options: DemoOptions, data: DemoData, report: Report, tell: 
     for name, score in again.items():
         verdict = "the same" if same[name] else f"NOT the same: {judged.scores[name]:.6f} in memory"
         tell.say(f"{name}: {score:.6f} bits per byte from the file, {verdict}")
-    return {"folder": str(folder), "trial": pick, "scores": again, "same": all(same.values())}
+    return {"folder": str(folder), "trial": number, "scores": again, "same": all(same.values())}
 
 
 def _preset(path: Path) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def build_report(
     assert study.base is not None
     assert study.dapt is not None
     roles: dict[int, Role] = dict.fromkeys(scores, "front")
-    roles[knee(study).number] = "knee"
+    knee_trial = knee(study).number
+    roles[knee_trial] = "knee"
     # An end that is itself the knee stays an end: no merge was worth more.
     roles |= {study.base: "base", study.dapt: "dapt"}
     base, dapt = scores[study.base], scores[study.dapt]
@@ -118,7 +119,7 @@ def build_report(
         items=items,
         held_out=held_out,
         of_trials=len(study.finished),
-        verdict=(*verdict(rows, domain, general), *_control(rows, axes, domain)),
+        verdict=(*verdict(rows, domain, general, knee_trial=knee_trial), *_control(rows, axes, domain)),
     )
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dapt_merge.reports.rows import Axis, Gain, Row
 
 
-def verdict(rows: Sequence[Row], domain: Axis, general: Axis) -> list[str]:
+def verdict(rows: Sequence[Row], domain: Axis, general: Axis, *, knee_trial: int | None = None) -> list[str]:
     """Return sentences on DAPT against the base, then on the knee against both.
 
     Args:
-        rows: the report's rows, with roles "base", "dapt" and "knee" among them.
+        rows: the report's rows, with the roles "base" and "dapt" among them, and "knee" if that is neither of the two.
         domain: the axis of the domain objective.
         general: the axis of the general objective.
+        knee_trial: the trial that is the knee.
     """
     by_role = {row.role: row for row in rows}
     dapt, knee = by_role["dapt"], by_role.get("knee")
@@ -26,7 +27,7 @@ def verdict(rows: Sequence[Row], domain: Axis, general: Axis) -> list[str]:
         f"{_change(dapt.gains[general.name], general)} in general."
     ]
     if knee is None:
-        return [*sentences, "No merge was scored beside the two ends."]
+        return [*sentences, _without_knee(rows, knee_trial)]
     sentences.append(f"{knee.label}: {_kept(knee)}, {_given_back(knee)}.")
     sentences.append(
         f"Against DAPT it has {_change(knee.over_dapt[general.name], general)} in general and "
@@ -34,6 +35,13 @@ def verdict(rows: Sequence[Row], domain: Axis, general: Axis) -> list[str]:
     )
     sentences.append(_balance(knee, domain, general))
     return sentences
+
+
+def _without_knee(rows: Sequence[Row], knee_trial: int | None) -> str:
+    if all(row.role in ("base", "dapt") for row in rows):
+        return "No merge was scored beside the two ends."
+    end = next((row.label for row in rows if row.trial == knee_trial), "an end")
+    return f"The knee of the search's front is {end} itself: to the search, no merge was worth more."
 
 
 def control_sentence(rows: Sequence[Row], domain: Axis, control: Axis) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,14 @@ def test_the_verdict_states_the_shares_and_both_comparisons(rows):
     assert f"keeps {100 * knee.domain_gain_kept.estimate:.0f}%" in text
     assert f"gives back {100 * knee.general_loss_given_back.estimate:.0f}%" in text
     assert "still costs" in text
+
+
+def test_the_verdict_says_when_no_merge_is_the_knee(rows):
+    ends = list(rows[:2])
+    assert "No merge was scored" in verdict(ends, DOMAIN, GENERAL, knee_trial=ends[1].trial)[-1]
+    merged = replace(rows[2], role="front")
+    said = verdict([*ends, merged], DOMAIN, GENERAL, knee_trial=ends[1].trial)[-1]
+    assert f"is {ends[1].label} itself" in said
 
 
 def test_a_control_that_gains_as_much_is_told(rows):
