@@ -1,9 +1,10 @@
 """What a merge will cost: bytes, memory, and time at the rate of the last such merge, or of copying here and now.
 
 The idea: the bytes are known from the headers; memory follows from how tensors are kept in flight; the rate is what the
-last merge of the same method and dtypes reached on this machine (`rates`). Where there was none, a few megabytes are
-copied for a tenth of a second, and the method's class says how much longer than copying it takes; or, where asked for,
-made-up tensors are merged by the real engine. What this module does not know: how fast another disk is.
+last merge of the same method and dtypes reached on this machine (`rates`). Where there was none, a merge takes as long
+as copying its bytes or as its arithmetic, whichever is longer: some megabytes of made-up numbers are copied, and what a
+kind of arithmetic takes an element was measured once. Where asked for, made-up tensors are merged by the real engine.
+What this module does not know: how fast another disk is.
 """
 
 from __future__ import annotations
@@ -32,8 +33,21 @@ _PROGRAM_BYTES = 190 * 2**20
 _THREAD_BYTES = 16 * 2**20
 # A threshold over the whole model is found in three readings before the merge's own.
 _READINGS_TO_TRIM = 3
-# Times what copying the same bytes takes; measured with 1.1B parameters in bfloat16, base and one or two models.
-_TIMES_COPYING = {"one pass": 1.3, "measured first": 1.6}
+# The processor's nanoseconds for an element of a model beside the base; measured with 1.1B parameters in bfloat16, base
+# and one or two models, on two cores.
+_NANOSECONDS = {"summed": 1.7, "measured": 2.2, "dropped": 2.1, "counted": 3.9, "ranked": 6.6}
+# The same for methods that are not compiled, each for itself.
+_NANOSECONDS_IN_TORCH = {
+    "multislerp": 7.1,
+    "karcher": 9.0,
+    "model_stock": 7.1,
+    "nuslerp": 7.3,
+    "ram": 7.5,
+    "ramplus_tl": 7.5,
+    "nearswap": 10.2,
+    "sce": 28.8,
+    "arcee_fusion": 43.7,
+}
 _MADE_UP_SHAPE = (2048, 2048)
 _COPIED_TENSORS, _COPIED_TIMES = 4, 5
 _TRIED_TENSORS = 12
@@ -162,17 +176,37 @@ def _bytes_per_element(plan: MergePlan, job: TensorJob) -> int:
 
 
 def _by_copying(plan: MergePlan, threads: int) -> float | None:
-    """Copy a few made-up megabytes, and go by how much longer than that the method takes; None where that varies."""
+    """Copy some made-up megabytes, and say what the longer of copying and arithmetic gives; None if not known."""
     job = _typical(plan.jobs)
-    if job is None or not job.parameters.method.elementwise or job.stochastic:
+    nanoseconds = None if job is None or job.stochastic else _nanoseconds(job)
+    if job is None or nanoseconds is None:
         return None
-    times = _TIMES_COPYING["one pass" if job.parameters.method.measure is None else "measured first"]
     with tempfile.TemporaryDirectory() as folder:
-        sample = _made_up(plan, job, Path(folder), _COPIED_TENSORS)
+        sample = _made_up(plan, job, None, _COPIED_TENSORS)
         sample = replace(sample, jobs=sample.jobs * _COPIED_TIMES)
-        seconds = copy_seconds_per_byte(sample, Path(folder), threads, sample.nbytes)
-    moved = sum(_bytes_read(sample, job) + job.nbytes for job in sample.jobs)
-    return None if not seconds else moved / (seconds * sample.nbytes * times)
+        for_a_byte = copy_seconds_per_byte(sample, Path(folder), threads, sample.nbytes)
+    if not for_a_byte:
+        return None
+    copying = for_a_byte * sample.nbytes
+    computed = sum(job.elements * max(1, len(job.reads) - 1) for job in sample.jobs)
+    computing = computed * nanoseconds * 1e-9 / threads
+    return sum(_bytes_read(sample, job) + job.nbytes for job in sample.jobs) / max(copying, computing)
+
+
+def _nanoseconds(job: TensorJob) -> float | None:
+    """Return what a job's arithmetic takes a processor for an element of a model beside the base; None if not known."""
+    method, values = job.parameters.method, job.parameters.values
+    if method.kernel is None:
+        return _NANOSECONDS_IN_TORCH.get(method.name)
+    if method.measure is None:
+        return _NANOSECONDS["summed"]
+    if "density" not in values:
+        return _NANOSECONDS["measured"]
+    if all(density == 1 for density in values["density"]) and "gamma" not in values:
+        return _NANOSECONDS["summed"]
+    if method.random:
+        return _NANOSECONDS["ranked" if method.whole_rows else "dropped"]
+    return _NANOSECONDS["counted"]
 
 
 def _tried_out(plan: MergePlan, threads: int) -> float | None:
@@ -190,8 +224,11 @@ def _tried_out(plan: MergePlan, threads: int) -> float | None:
     return sum(_bytes_read(trial, job) + job.nbytes for job in trial.jobs) / seconds
 
 
-def _made_up(plan: MergePlan, job: TensorJob, folder: Path, tensors: int) -> MergePlan:
-    """Return a plan of tensors like the job's, whose inputs are small files of random numbers."""
+def _made_up(plan: MergePlan, job: TensorJob, folder: Path | None, tensors: int) -> MergePlan:
+    """Return a plan of tensors like the job's, whose inputs are random numbers, in small files or in memory.
+
+    Writing files leaves the kernel with something to carry to the disk, which is in the way of copying to it.
+    """
     from safetensors.torch import save_file
 
     rows, columns = _MADE_UP_SHAPE
@@ -201,8 +238,12 @@ def _made_up(plan: MergePlan, job: TensorJob, folder: Path, tensors: int) -> Mer
     for position, (label, stored) in enumerate(_reads(job)):
         dtype = plan.checkpoints[label].tensors[stored].dtype
         values = (0.02 * noise + 1e-3 * noise.roll(position, 1) if position else 0.02 * noise).to(dtype)
+        content = {name: values.clone() for name in names}
+        if folder is None:
+            opened[label] = open_checkpoint(content, label)
+            continue
         file = folder / f"{position}.safetensors"
-        save_file({name: values.clone() for name in names}, file)
+        save_file(content, file)
         opened[label] = open_checkpoint(file, label)
     jobs = tuple(replace(job, name=name, shape=_MADE_UP_SHAPE, stored=()) for name in names)
     giver = next(iter(opened.values()))
