@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,8 @@ def _by_copying(plan: MergePlan, threads: int) -> float | None:
 
 def _nanoseconds(job: TensorJob) -> float | None:
     """Return what a job's arithmetic takes a processor for an element of a model beside the base; None if not known."""
-    method, values = job.parameters.method, job.parameters.values
+    method = job.parameters.method
+    values: Mapping[str, Any] = job.parameters.values
     if method.kernel is None:
         return _NANOSECONDS_IN_TORCH.get(method.name)
     if method.measure is None:
