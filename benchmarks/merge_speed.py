@@ -34,6 +34,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "merge_speed"
 SAMPLE_SECONDS = 0.02
+SETTLE_SECONDS = 3  # a disk may still be busy with what was just removed
 TIMEOUT_SECONDS = 3600
 # What the kernel's own threads take while they write an output back lies below this, another program's work above.
 MOST_OTHER_CORES = 1 / 6
@@ -139,6 +140,7 @@ class Bench:
                 read_whole(file)
             self.clean()
             os.sync()
+            time.sleep(SETTLE_SECONDS)
             busy = busy_seconds()
             seconds, cpu_seconds, highest = watch(command, self.work)
             others = max(0.0, busy_seconds() - busy - cpu_seconds) / seconds
@@ -381,10 +383,12 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> None:
         compile_loops(bench, [*arguments.methods, *SCALING_METHODS])
     for run in range(max(arguments.runs, arguments.peer_runs)):
         if run < arguments.runs:
-            measure_floors(bench, arguments.size, {CASES[method].task_vectors + 1 for method in arguments.methods}, run)
-            for method in arguments.methods:
-                for program in ours:
-                    bench.measure(arguments.size, method, program, run)
+            inputs = sorted({CASES[method].task_vectors + 1 for method in arguments.methods})
+            turns = [(f"{count} inputs", floor) for count in inputs for floor in ("floor", "direct floor")]
+            turns += [(method, program) for method in arguments.methods for program in ours]
+            first = run * len(turns) // arguments.runs  # nothing always follows the same
+            for what, program in turns[first:] + turns[:first]:
+                bench.measure(arguments.size, what, program, run)
         if run < arguments.peer_runs and not arguments.skip_mergekit:
             for method in arguments.methods:
                 bench.measure(arguments.size, method, "mergekit", run)
