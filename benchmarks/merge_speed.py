@@ -5,8 +5,9 @@
     python benchmarks/merge_speed.py --methods linear ties --sizes 1.1B --runs 3 --scaling-runs 0
 
 What is timed is a whole process, from its start to its end, with the inputs in the page cache. The floor is a Python
-process that imports torch, reads every input byte and writes every output byte with as many threads (`copy_floor.py`),
-through the page cache or past it, whichever is faster; both are measured in the same run, in turn with the rest.
+process that imports torch, reads every input byte and writes every output byte with as many threads (`copy_floor.py`).
+The direct floor does so past the page cache, with twice as many. Both are measured in the same run, in turn with the
+rest.
 Memory is the highest RssAnon seen in /proc: what a process holds beside file pages. Models have random weights in the
 shapes of real ones; both programs are given the same recipe file. Each measurement is kept at once, so that a benchmark
 that was interrupted goes on; `--fresh` starts anew. A run beside which other processes took more than a sixth of a core
@@ -34,7 +35,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "merge_speed"
 SAMPLE_SECONDS = 0.02
-SETTLE_SECONDS = 3  # a disk may still be busy with what was just removed
 TIMEOUT_SECONDS = 3600
 # What the kernel's own threads take while they write an output back lies below this, another program's work above.
 MOST_OTHER_CORES = 1 / 6
@@ -140,7 +140,6 @@ class Bench:
                 read_whole(file)
             self.clean()
             os.sync()
-            time.sleep(SETTLE_SECONDS)
             busy = busy_seconds()
             seconds, cpu_seconds, highest = watch(command, self.work)
             others = max(0.0, busy_seconds() - busy - cpu_seconds) / seconds
@@ -445,12 +444,6 @@ def median_seconds(record: Record, size: str, what: str, program: str) -> float 
     return statistics.median(found) if found else None
 
 
-def lowest_floor(record: Record, size: str, inputs: str) -> float | None:
-    """Return the seconds of the faster way to copy."""
-    found = [median_seconds(record, size, inputs, program) for program in ("floor", "direct floor")]
-    return min((seconds for seconds in found if seconds is not None), default=None)
-
-
 def highest_memory(record: Record, size: str, what: str, program: str) -> int | None:
     return max((m.rss_anon_bytes for m in record.runs(size, what, program)), default=None)
 
@@ -466,9 +459,9 @@ def write_report(record: Record, folder: Path, threads: int) -> None:
     lines += [", ".join(f"{key} {value}" for key, value in record.setting["versions"].items()), ""]
     lines += [
         "Whole processes, start-up included, inputs in the page cache, medians of the runs in brackets. The floor",
-        "imports torch, reads every input byte and writes every output byte, through the page cache or past it; ratios",
-        "are to the faster of the two. No process waits until the disk has everything. Memory is the highest RssAnon",
-        "of any run.",
+        "imports torch, reads every input byte and writes every output byte, into the page cache; the direct floor",
+        "writes past it, with twice as many threads. No process waits until the disk has everything. Memory is the",
+        "highest RssAnon of any run.",
         "",
     ]
     for size in sizes:
@@ -484,9 +477,9 @@ def table(record: Record, size: str) -> list[str]:
     programs = [p for p in PROGRAMS[2:4] if any(m.size == size and m.program == p for m in record.measurements)]
     lines = [f"## {size}: {parameters(size) / 1e6:,.0f}M parameters in bfloat16", ""]
     lines += [
-        "| method | inputs | floor (s) | direct floor (s) | ours (s) | × floor | asked "
+        "| method | inputs | floor (s) | direct floor (s) | ours (s) | × floor | asked | × direct "
         "| mergekit (s) | × faster | asked | ours (MB) | mergekit (MB) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, case in CASES.items():
         for program in programs:
@@ -498,7 +491,8 @@ def table(record: Record, size: str) -> list[str]:
 def row(record: Record, size: str, what: str, case: Case, program: str) -> str:
     inputs = f"{case.task_vectors + 1} inputs"
     ours = median_seconds(record, size, what, program)
-    floor = lowest_floor(record, size, inputs)
+    floor = median_seconds(record, size, inputs, "floor")
+    direct = median_seconds(record, size, inputs, "direct floor")
     peer = median_seconds(record, size, what, "mergekit")
 
     def seconds(label: str, name: str) -> str:
@@ -521,6 +515,7 @@ def row(record: Record, size: str, what: str, case: Case, program: str) -> str:
         seconds(what, program),
         ratio(ours, floor),
         f"≤ {case.at_most_times_floor}" if asked else "",
+        ratio(ours, direct),
         seconds(what, "mergekit"),
         ratio(peer, ours),
         f"≥ {case.at_least_times_faster}" if asked else "",
@@ -543,17 +538,12 @@ def scaling_chart(record: Record, folder: Path, sizes: list[str]) -> Path | None
         lines[f"mergekit, {method}"] = (method, "mergekit", colour)
     for count, colour in ((2, "0.3"), (3, "0.6")):
         lines[f"floor, {count} inputs"] = (f"{count} inputs", "floor", colour)
+        lines[f"direct floor, {count} inputs"] = (f"{count} inputs", "direct floor", colour)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     drawn = 0
-    styles = {"dapt-merge": "o-", "mergekit": "s--", "floor": "^:"}
+    styles = {"dapt-merge": "o-", "mergekit": "s--", "floor": "^:", "direct floor": "v:"}
     for label, (what, program, colour) in lines.items():
-        points = [
-            (
-                parameters(size) / 1e9,
-                lowest_floor(record, size, what) if program == "floor" else median_seconds(record, size, what, program),
-            )
-            for size in sizes
-        ]
+        points = [(parameters(size) / 1e9, median_seconds(record, size, what, program)) for size in sizes]
         known = [(x, y) for x, y in points if y is not None and x > 0.01]
         if len(known) < 2:
             continue
