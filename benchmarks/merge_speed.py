@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import statistics
@@ -385,8 +386,8 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> None:
             inputs = sorted({CASES[method].task_vectors + 1 for method in arguments.methods})
             turns = [(f"{count} inputs", floor) for count in inputs for floor in ("floor", "direct floor")]
             turns += [(method, program) for method in arguments.methods for program in ours]
-            first = run * len(turns) // arguments.runs  # nothing always follows the same
-            for what, program in turns[first:] + turns[:first]:
+            random.Random(run).shuffle(turns)  # nothing always follows the same
+            for what, program in turns:
                 bench.measure(arguments.size, what, program, run)
         if run < arguments.peer_runs and not arguments.skip_mergekit:
             for method in arguments.methods:
