@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
-from dapt_merge.methods.dare import linear_copy
-from dapt_merge.methods.fused import TaskVectorSum, Thinning, ToBand
+from dapt_merge.methods.dare import linear_copy, summed_in_one_pass
+from dapt_merge.methods.fused import Thinning, ToBand
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
@@ -127,23 +127,6 @@ def _cut_to_bands(
     return [measured[position].thinning for position in voters]
 
 
-def _fused_sum(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    gamma: tuple[float, ...],
-    lambda_: float,
-    normalize: bool,
-    rescale: str | bool,
-    measured: tuple[_Band, ...],
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    applied = scales(weight, normalize, lambda_, context)
-    return TaskVectorSum(voters, _cut_to_bands(voters, density, measured), [applied[position] for position in voters])
-
-
 def _unless_outliers_go(values: Values, source: Source | None) -> Source | None:
     return source if source is None or source == "base" or values["gamma"][source] == 0 else None
 
@@ -184,7 +167,7 @@ def _ties_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=_linear_dead_knobs,
     measure=_bands,
     copy_of=_linear_copy,
-    kernel=_fused_sum,
+    kernel=summed_in_one_pass(_cut_to_bands),
 )
 def breadcrumbs(
     base: Tensor,

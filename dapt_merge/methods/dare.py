@@ -7,14 +7,15 @@ mask for each model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
-from dapt_merge.methods.fused import AtRandom, TaskVectorSum
+from dapt_merge.methods.fused import AtRandom, TaskVectorSum, Thinning
 from dapt_merge.methods.masks import keep_mask
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
@@ -97,20 +98,26 @@ def _drops(
     ]
 
 
-def _fused_sum(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    lambda_: float,
-    normalize: bool,
-    rescale: str | bool,
-    measured: tuple[float, ...],
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    applied = scales(weight, normalize, lambda_, context)
-    return TaskVectorSum(voters, _drops(voters, density, measured), [applied[position] for position in voters])
+def summed_in_one_pass(thinned: Callable[..., Sequence[Thinning]]) -> Callable[..., TaskVectorSum]:
+    """Return the scaled sum of thinned task vectors, for the compiled loops; see `ties.elected_in_one_pass`."""
+
+    def fused(
+        operands: Operands,
+        *,
+        weight: tuple[float, ...],
+        density: tuple[float, ...],
+        lambda_: float,
+        normalize: bool,
+        measured: Any,
+        context: TensorContext,
+        **others: Any,
+    ) -> TaskVectorSum:
+        voters = taking_part(weight, density)
+        applied = scales(weight, normalize, lambda_, context)
+        thinnings = thinned(voters, density, measured, **others)
+        return TaskVectorSum(voters, thinnings, [applied[position] for position in voters])
+
+    return fused
 
 
 def drop_dead_knobs(values: Values) -> list[str]:
@@ -147,7 +154,7 @@ def linear_dead_knobs(values: Values, count: int) -> list[str]:
     dead_knobs=linear_dead_knobs,
     measure=_rescales,
     copy_of=linear_copy,
-    kernel=_fused_sum,
+    kernel=summed_in_one_pass(_drops),
 )
 def dare_linear(
     base: Tensor,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, TensorContext, Values
-from dapt_merge.methods.dare import RESCALE, linear_copy, linear_dead_knobs, ties_dead_knobs
-from dapt_merge.methods.fused import ByRank, TaskVectorSum
+from dapt_merge.methods.dare import RESCALE, linear_copy, linear_dead_knobs, summed_in_one_pass, ties_dead_knobs
+from dapt_merge.methods.fused import ByRank
 from dapt_merge.methods.masks import keep_mask
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
@@ -181,23 +181,6 @@ def _drops(
     ]
 
 
-def _fused_sum(
-    operands: Operands,
-    *,
-    weight: tuple[float, ...],
-    density: tuple[float, ...],
-    epsilon: tuple[float, ...],
-    lambda_: float,
-    normalize: bool,
-    rescale: str | bool,
-    measured: _Pruning,
-    context: TensorContext,
-) -> TaskVectorSum:
-    voters = taking_part(weight, density)
-    applied = scales(weight, normalize, lambda_, context)
-    return TaskVectorSum(voters, _drops(voters, density, measured, epsilon), [applied[position] for position in voters])
-
-
 @method(
     "della_linear",
     parameters=(WEIGHT, DENSITY, EPSILON, LAMBDA, NORMALIZE_BY_SUM, RESCALE),
@@ -209,7 +192,7 @@ def _fused_sum(
     measure=_pruning,
     check=_check,
     copy_of=linear_copy,
-    kernel=_fused_sum,
+    kernel=summed_in_one_pass(_drops),
 )
 def della_linear(
     base: Tensor,
