@@ -540,25 +540,27 @@ def scaling_chart(record: Record, folder: Path, sizes: list[str]) -> Path | None
     for count, colour in ((2, "0.3"), (3, "0.6")):
         lines[f"floor, {count} inputs"] = (f"{count} inputs", "floor", colour)
         lines[f"direct floor, {count} inputs"] = (f"{count} inputs", "direct floor", colour)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    drawn = 0
     styles = {"dapt-merge": "o-", "mergekit": "s--", "floor": "^:", "direct floor": "v:"}
+    known = {}
     for label, (what, program, colour) in lines.items():
         points = [(parameters(size) / 1e9, median_seconds(record, size, what, program)) for size in sizes]
-        known = [(x, y) for x, y in points if y is not None and x > 0.01]
-        if len(known) < 2:
-            continue
-        axes.plot(*zip(*known, strict=True), styles[program], label=label, color=colour)
-        drawn += 1
-    if not drawn:
-        pyplot.close(figure)
+        measured = [(x, y) for x, y in points if y is not None and x > 0.01]
+        if len(measured) > 1:
+            known[label] = measured, styles[program], colour, program
+    if not known:
         return None
-    axes.set(xlabel="parameters (billions)", ylabel="whole process (s)", title="A merge costs what its bytes cost")
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure, (everything, near) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, title in ((everything, "beside mergekit"), (near, "the same, without mergekit")):
+        for label, (measured, style, colour, program) in known.items():
+            if axes is everything or program != "mergekit":
+                axes.plot(*zip(*measured, strict=True), style, label=label, color=colour)
+        axes.set(xlabel="parameters (billions)", ylabel="whole process (s)", title=title)
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle("A merge costs what its bytes cost")
     path = folder / "scaling.png"
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
 
