@@ -7,11 +7,10 @@
 What is timed is a whole process, from its start to its end, with the inputs in the page cache. The floor is a Python
 process that imports torch, reads every input byte and writes every output byte with as many threads (`copy_floor.py`).
 The direct floor does so past the page cache, with twice as many. Both are measured in the same run, in turn with the
-rest.
-Memory is the highest RssAnon seen in /proc: what a process holds beside file pages. Models have random weights in the
-shapes of real ones; both programs are given the same recipe file. Each measurement is kept at once, so that a benchmark
-that was interrupted goes on; `--fresh` starts anew. A run beside which other processes took more than a sixth of a core
-is made again.
+rest. Memory is the highest RssAnon seen in /proc: what a process holds beside file pages. Models have random weights in
+the shapes of real ones; both programs are given the same recipe file. Each measurement is kept at once, so that a
+benchmark that was interrupted goes on; `--fresh` starts anew. A run beside which other processes took more than a sixth
+of a core is made again.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,7 +80,8 @@ CASES = {
 CASES["ties, base + 1"] = Case("ties", 1, None, None, (("density", 0.3),))
 TABLE_METHODS = tuple(case.method for case in CASES.values() if case.at_most_times_floor)
 SCALING_METHODS = ("linear", "ties, base + 1")
-PROGRAMS = ("floor", "direct floor", "dapt-merge", "dapt-merge cuda", "mergekit")
+FLOORS = ("floor", "direct floor")
+PROGRAMS = (*FLOORS, "dapt-merge", "dapt-merge cuda", "mergekit")
 
 
 @dataclass(frozen=True)
@@ -383,8 +384,7 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> None:
         compile_loops(bench, [*arguments.methods, *SCALING_METHODS])
     for run in range(max(arguments.runs, arguments.peer_runs)):
         if run < arguments.runs:
-            inputs = sorted({CASES[method].task_vectors + 1 for method in arguments.methods})
-            turns = [(f"{count} inputs", floor) for count in inputs for floor in ("floor", "direct floor")]
+            turns = floors_of(arguments.methods)
             turns += [(method, program) for method in arguments.methods for program in ours]
             random.Random(run).shuffle(turns)  # nothing always follows the same
             for what, program in turns:
@@ -394,7 +394,8 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> None:
                 bench.measure(arguments.size, method, "mergekit", run)
     for run in range(arguments.scaling_runs):
         for size in arguments.sizes:
-            measure_floors(bench, size, {CASES[method].task_vectors + 1 for method in SCALING_METHODS}, run)
+            for what, program in floors_of(SCALING_METHODS):
+                bench.measure(size, what, program, run)
             for method in SCALING_METHODS:
                 for program in ours:
                     bench.measure(size, method, program, run)
@@ -411,10 +412,10 @@ def compile_loops(bench: Bench, methods: list[str]) -> None:
         bench.clean()
 
 
-def measure_floors(bench: Bench, size: str, inputs: set[int], run: int) -> None:
-    for count in sorted(inputs):
-        bench.measure(size, f"{count} inputs", "floor", run)
-        bench.measure(size, f"{count} inputs", "direct floor", run)
+def floors_of(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (what, program) of the floors that the methods are held against."""
+    counts = sorted({CASES[method].task_vectors + 1 for method in methods})
+    return [(f"{count} inputs", floor) for count in counts for floor in FLOORS]
 
 
 def parse_arguments() -> argparse.Namespace:

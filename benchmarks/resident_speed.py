@@ -153,18 +153,18 @@ class Bench:
         if not program.is_file():
             return None
         weight = self.weight()
-        shares = [1 - weight, weight] if case.method == "linear" else [0.0, weight]
-        first = 0 if case.method == "linear" else 1
+        base, model = self.labels[:2]  # the cases over the disk have one task vector
+        weights = {base: 1 - weight, model: weight} if case.method == "linear" else {model: weight}
         content: dict[str, Any] = {
             "merge_method": case.method,
             "models": [
                 {"model": label, "parameters": {"weight": share, **dict(case.settings)}}
-                for label, share in list(zip(self.labels, shares, strict=False))[first:]
+                for label, share in weights.items()
             ],
             "dtype": "bfloat16",
         }
         if case.method != "linear":
-            content["base_model"] = self.labels[0]
+            content["base_model"] = base
         path = self.work / "mergekit.yaml"
         path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
         return self._run_and_load([str(program), str(path)], "--no-copy-tokenizer")

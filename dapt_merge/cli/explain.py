@@ -202,7 +202,8 @@ def _cost_lines(cost: Cost) -> list[str]:
     source = {
         "given": "as given",
         "last merge": "as the last such merges here",
-        "copying": f"by how fast bytes are copied here now, in {in_threads}; --measure tries the method itself",
+        "copying": f"by how fast bytes are copied here now, in {in_threads}, and by what the method computes; "
+        "--measure tries it itself",
         "trial": f"as a few made-up tensors took here, in {in_threads}",
     }[str(cost.source)]
     bound = "at least " if cost.grows and cost.source == "trial" else "about "

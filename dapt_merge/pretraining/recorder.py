@@ -327,7 +327,8 @@ class RunRecorder(TrainerCallback):
         """Give the signals back to whoever had them."""
         while self._previous_handlers:
             kind, previous = self._previous_handlers.popitem()
-            signal.signal(kind, previous)
+            if previous is not None:  # whoever had it is not Python
+                signal.signal(kind, previous)
 
     @property
     def pause_reason(self) -> str:  # noqa: D102
