@@ -249,6 +249,7 @@ def make_model(folder: Path, size: str, number: int) -> Path:
 
     from dapt_merge.atomic import atomic_folder
     from dapt_merge.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint
+    from dapt_merge.tensors.dtypes import Dtype
 
     path = folder / ("base" if number == 0 else f"dapt-{number}")
     if path.is_dir():
@@ -257,7 +258,7 @@ def make_model(folder: Path, size: str, number: int) -> Path:
     base = None if number == 0 else open_checkpoint(make_model(folder, size, 0))
     generator = torch.Generator().manual_seed(number)
     shapes = tensor_shapes(size)
-    infos = [TensorInfo(name, torch.bfloat16, shape, 2 * _elements(shape)) for name, shape in shapes.items()]
+    infos = [TensorInfo(name, Dtype.BFLOAT16, shape, 2 * _elements(shape)) for name, shape in shapes.items()]
     with atomic_folder(path) as partial:
         with CheckpointWriter(partial, infos, shard_bytes=10**12) as writer:
             for info in infos:

@@ -8,17 +8,17 @@ hash counts only for the very file that it was taken from. What this module does
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+from dapt_merge.tensors.safetensors_header import entries
+
 _AHEAD_BYTES = 32 * 2**20
-_LARGEST_HEADER_BYTES = 100 * 2**20  # as in safetensors itself
 _FileKey: TypeAlias = tuple[int, int, int, int]
 
 _digests: dict[tuple[_FileKey, str], bytes] = {}
@@ -76,28 +76,14 @@ def _read(files: list[Path]) -> None:
             with open(file, "rb", buffering=0) as opened:
                 key = _file_key(os.fstat(opened.fileno()))
                 with mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as content:
-                    for name, begin, end in _tensors(content):
-                        _ask_for(opened.fileno(), begin, end)
+                    for entry in entries(content):
+                        _ask_for(opened.fileno(), entry.begin, entry.end)
                         if _stopping.is_set():
                             return
-                        with content[begin:end] as stored:
-                            _digests[key, name] = xxhash.xxh3_128(stored).digest()
+                        with content[entry.begin : entry.end] as stored:
+                            _digests[key, entry.name] = xxhash.xxh3_128(stored).digest()
         except (OSError, ValueError, TypeError, KeyError):
             continue
-
-
-def _tensors(content: memoryview) -> Iterator[tuple[str, int, int]]:
-    """Yield each tensor's name and its bytes' place in the file, in the order of the file."""
-    length = int.from_bytes(content[:8], "little")
-    if length > _LARGEST_HEADER_BYTES:
-        raise ValueError("no header")
-    header = json.loads(bytes(content[8 : 8 + length]))
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if not 0 <= begin <= end <= len(content):
-            raise ValueError("a tensor lies outside the file")
-        yield name, begin, end
 
 
 def _ask_for(descriptor: int, begin: int, end: int) -> None:

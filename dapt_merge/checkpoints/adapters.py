@@ -17,19 +17,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from dapt_merge.checkpoints.dtypes import at_least_float32
-from dapt_merge.checkpoints.files import map_file, read_header, read_json
+from dapt_merge.checkpoints.files import MappedFile, read_json
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.checkpoints.hub import looks_like_hub_id
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import InputError, nearest
+from dapt_merge.tensors.dtypes import Dtype, at_least_float32
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -86,12 +88,12 @@ class Adapter:
         file = folder / ADAPTER_WEIGHTS
         if not file.is_file():
             raise _no_adapter_weights(folder)
-        self._handle = map_file(file)
-        self.tensors = {info.name: info for info in read_header(file, self._handle)}
+        self._file = MappedFile(file)
+        self.tensors = {info.name: info for info in self._file.tensors}
 
     def read(self, key: str) -> Tensor:
         """Return a stored tensor of the adapter."""
-        return self._handle.get_tensor(key)
+        return self._file.stored(key).tensor
 
     @property
     def base_name(self) -> str | None:
@@ -131,10 +133,10 @@ def apply_adapter(base: Checkpoint, adapter: Adapter, label: str) -> Checkpoint:
     if embedding is not None and "vocab_size" in config:
         config["vocab_size"] = infos[embedding].shape[0]
 
-    def read(name: str) -> Tensor:
+    def read(name: str) -> Tensor | StoredTensor:
         change = changes.get(name)
         if change is None:
-            return base.read_stored(name)
+            return base.stored_as(name)
         weight = base.read(name) if change.replaced_by is None else adapter.read(change.replaced_by)
         return _adapted(weight, change, adapter)
 
@@ -158,12 +160,10 @@ def _adapted(weight: Tensor, change: _Change, adapter: Adapter) -> Tensor:
         down, up = adapter.read(change.down), adapter.read(change.up)
         weight = adapted_weight(weight, down, up, change.scaling, magnitude, transposed=change.transposed)
     if change.bias is not None:
-        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(
-            at_least_float32(weight.dtype)
-        )
+        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(_wide(weight))
     if change.rows is not None:
         rows = torch.tensor(change.row_indices)
-        wide = weight.to(at_least_float32(weight.dtype))
+        wide = weight.to(_wide(weight))
         weight = wide.index_copy(0, rows, adapter.read(change.rows).to(wide.dtype))
     return weight
 
@@ -192,7 +192,7 @@ def adapted_weight(
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
-    result = torch.empty(weight.shape, dtype=at_least_float32(weight.dtype))
+    result = torch.empty(weight.shape, dtype=_wide(weight))
     source, target = (weight.T, result.T) if transposed else (weight, result)
     down_exact = down.double()
     step = max(1, _CHUNK_ELEMENTS // max(1, source.shape[1]))
@@ -203,6 +203,10 @@ def adapted_weight(
             moved *= (magnitude[run].double() / moved.norm(dim=1))[:, None]
         target[run] = moved
     return result
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return at_least_float32(Dtype.of(weight.dtype)).torch_dtype
 
 
 # --- which tensors an adapter changes ---------------------------------------------------------------------------------

@@ -13,16 +13,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.token_sources import ModelEmbedding, ModelToken, TokenizerSettings, TokenSource
 from dapt_merge.checkpoints.vocabulary import compare_ids, embedding_rows, token_ids
 from dapt_merge.errors import InputError, nearest
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a row gets in a model that has none of its own, where it is not the row of one certain model.
 ZERO, MEAN, MEAN_OF_OWN = -1, -2, -3

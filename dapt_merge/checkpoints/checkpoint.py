@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 import xxhash
-from torch import Tensor
 
-from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.groups import natural_order, tensor_group
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.errors import InputError, nearest
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 CheckpointSource: TypeAlias = "str | Path | Checkpoint | PreTrainedModel | Mapping[str, Tensor]"
+Reader: TypeAlias = "Callable[[str], Tensor | StoredTensor]"
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class TensorInfo:
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     nbytes: int
     file: Path | None = None
-    stored_dtype: torch.dtype | None = None
+    stored_dtype: Dtype | None = None
 
     @property
     def elements(self) -> int:
@@ -64,8 +65,9 @@ class Checkpoint:
         num_layers: how many layers the stack has, or None when neither config nor names say; see `layers_of`.
 
     Example:
+        >>> import torch
         >>> ones = {"w": torch.ones(2)}
-        >>> checkpoint = Checkpoint("ones", ones.__getitem__, [TensorInfo("w", torch.float32, (2,), 8)])
+        >>> checkpoint = Checkpoint("ones", ones.__getitem__, [TensorInfo("w", Dtype.FLOAT32, (2,), 8)])
         >>> checkpoint.read("w")
         tensor([1., 1.])
     """
@@ -73,7 +75,7 @@ class Checkpoint:
     def __init__(
         self,
         label: str,
-        reader: Callable[[str], Tensor],
+        reader: Reader,
         tensors: Iterable[TensorInfo],
         *,
         folder: Path | None = None,
@@ -109,6 +111,14 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint holds no such tensor.
         """
+        return self.stored(name).tensor
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return a tensor as `read` does, where it lies: torch is not needed for that, unless it is computed.
+
+        Raises:
+            InputError: the checkpoint holds no such tensor.
+        """
         name = self.aliases.get(name, name)
         if name not in self.tensors:
             raise InputError(
@@ -116,19 +126,19 @@ class Checkpoint:
                 where=self.label,
                 remedy="Use a name that the checkpoint holds.",
             )
-        tensor = self._reader(name)
+        stored = StoredTensor.of(self._reader(name))
         if name in self.computed and name not in self._digests:
             # Now that it is computed: asking for its hash must not compute it once more.
-            self._digests[name] = tensor_digest(tensor)
-        return tensor
+            self._digests[name] = tensor_digest(stored)
+        return stored
 
     def layers_of(self, stack: str | None) -> int | None:
         """Return how many layers a stack has: "encoder" and "decoder" are counted apart, None is the only one."""
         return self._layers.get(stack, self.num_layers)
 
-    def read_stored(self, name: str) -> Tensor:
+    def stored_as(self, name: str) -> StoredTensor:
         """Return what is stored under exactly this name: of a tied head, its own copy where there is one."""
-        return self._reader(name)
+        return StoredTensor.of(self._reader(name))
 
     def with_config(self, config: dict[str, Any]) -> Checkpoint:
         """Return the same tensors with another configuration."""
@@ -136,7 +146,7 @@ class Checkpoint:
         changed.config = config
         return changed
 
-    def with_reader(self, reader: Callable[[str], Tensor]) -> Checkpoint:
+    def with_reader(self, reader: Reader) -> Checkpoint:
         """Return the same tensors, read in another way."""
         changed = copy.copy(self)
         changed._reader = reader
@@ -146,7 +156,7 @@ class Checkpoint:
         """Return the 128-bit hash of a tensor's bytes. For files it is remembered; tensors in memory may change."""
         found = self._digests.get(name) or self._known_digest(name)
         if found is None:
-            found = tensor_digest(self.read(name))
+            found = tensor_digest(self.stored(name))
             if self.tensors[name].file is not None:
                 self._digests[name] = found
         return found
@@ -174,22 +184,16 @@ class Checkpoint:
         return f"Checkpoint({self.label!r}, {len(self.tensors)} tensors, {self.nbytes} bytes)"
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor in row-major order, without a copy where it is contiguous."""
-    flat = tensor.detach().reshape(-1).contiguous()
-    return flat.view(torch.uint8).numpy().data
+def tensor_digest(tensor: Tensor | StoredTensor) -> bytes:
+    """Return the XXH3 128-bit digest of a tensor's bytes, in row-major order."""
+    return xxhash.xxh3_128(StoredTensor.of(tensor).memory).digest()
 
 
-def tensor_digest(tensor: Tensor) -> bytes:
-    """Return the XXH3 128-bit digest of a tensor's bytes."""
-    return xxhash.xxh3_128(tensor_bytes(tensor)).digest()
-
-
-def content_fingerprint(rows: Iterable[tuple[str, torch.dtype, tuple[int, ...], bytes]]) -> str:
+def content_fingerprint(rows: Iterable[tuple[str, Dtype, tuple[int, ...], bytes]]) -> str:
     """Combine (name, dtype, shape, digest of the bytes) of every tensor into one fingerprint, in any order."""
     total = xxhash.xxh3_128()
     for name, dtype, shape, digest in sorted(rows, key=lambda row: row[0]):
-        total.update(f"{name}\0{dtype_name(dtype)}\0{','.join(map(str, shape))}\0".encode())
+        total.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
         total.update(digest)
     return f"xxh3:{total.hexdigest()}"
 

@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dapt_merge.checkpoints.checkpoint import Checkpoint
-from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.files import read_json
+from dapt_merge.tensors.dtypes import Dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,7 +43,7 @@ COMPANIONS = (
 )
 
 
-def copy_companions(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> list[str]:
+def copy_companions(source: Checkpoint, folder: Path, dtype: Dtype | None) -> list[str]:
     """Write the configuration, with its dtype brought up to date, and copy the files beside it.
 
     Args:
@@ -108,9 +106,9 @@ def with_moved_ids(settings: Mapping[str, Any], moved_ids: Mapping[int, int | No
     return changed
 
 
-def updated_config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def updated_config(config: dict[str, Any], dtype: Dtype | None) -> dict[str, Any]:
     """Return the configuration with the dtype of the weights written, under the key that it already uses."""
     if dtype is None:
         return dict(config)
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return {**config, key: dtype_name(dtype)}
+    return {**config, key: dtype.value}

@@ -12,14 +12,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from dapt_merge.checkpoints.dtypes import FLOAT8_DTYPES
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.dtypes import FLOAT8_DTYPES, Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SCALES = ("_scale_inv", "_scale")
 _OF_ACTIVATIONS = re.compile(r"\.(?:(?:input|output|activation|input_activation|[qkv])_scale)$")
@@ -53,19 +55,19 @@ def dequantised_checkpoint(stored: Checkpoint, quantisation: Mapping[str, Any]) 
             _block(info, stored.tensors[scales[name]], quantisation, stored.label)
     unused = {name for name in stored.tensors if _OF_ACTIVATIONS.search(name)} | set(scales.values())
     infos = [
-        replace(info, dtype=torch.float32, nbytes=4 * info.elements, stored_dtype=torch.bfloat16)
+        replace(info, dtype=Dtype.FLOAT32, nbytes=4 * info.elements, stored_dtype=Dtype.BFLOAT16)
         if name in scales
         else info
         for name, info in stored.tensors.items()
         if name not in unused
     ]
 
-    def read(name: str) -> Tensor:
+    def read(name: str) -> Tensor | StoredTensor:
         if name not in scales:
-            return stored.read_stored(name)
+            return stored.stored_as(name)
         scale = scales[name]
         block = _block(stored.tensors[name], stored.tensors[scale], quantisation, stored.label)
-        return dequantised(stored.read_stored(name), stored.read_stored(scale), block)
+        return dequantised(stored.stored_as(name).tensor, stored.stored_as(scale).tensor, block)
 
     remark = f"{stored.label} is kept in float8: its matrices are read as float32, and stay as coarse as they were"
     made = Checkpoint(

@@ -11,17 +11,19 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge.checkpoints.alignment import MEAN, MEAN_OF_OWN, ZERO, Alignment
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.companions import with_moved_ids
-from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.checkpoints.groups import vocabulary_axis
 from dapt_merge.checkpoints.scratch import scratch_tensor
+from dapt_merge.tensors.dtypes import Dtype, at_least_float32
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 21
 
@@ -65,9 +67,9 @@ class AlignedCheckpoint(Checkpoint):
         self._tables: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
-    def read_stored(self, name: str) -> Tensor:
+    def stored_as(self, name: str) -> StoredTensor:
         """Return what is stored under exactly this name, with the rows that it is stored with."""
-        return self._own.read_stored(name)
+        return self._own.stored_as(name)
 
     def digest(self, name: str) -> bytes:
         """Return the hash of the tensor's bytes before its rows were aligned."""
@@ -77,9 +79,9 @@ class AlignedCheckpoint(Checkpoint):
         """Return the fingerprint of the checkpoint's own content."""
         return self._own.fingerprint()
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor | StoredTensor:
         if name not in self._axes:
-            return self._own.read(name)
+            return self._own.stored(name)
         with self._lock:
             if name not in self._tables:
                 self._tables[name] = self._gathered(name)
@@ -94,13 +96,14 @@ class AlignedCheckpoint(Checkpoint):
             info, dtype=dtype, shape=shape, nbytes=nbytes, file=None, stored_dtype=info.stored_dtype or info.dtype
         )
 
-    def _dtype(self, info: TensorInfo) -> torch.dtype:
+    def _dtype(self, info: TensorInfo) -> Dtype:
         """Return the narrowest dtype that holds every row as it is; means of several rows are float32 at least."""
         donors = self._alignment.donors[self._alignment.places[self._label_of_own] < 0].unique().tolist()
         dtype = at_least_float32(info.dtype) if MEAN in donors else info.dtype
         for donor in donors:
             other = self._donor(donor).tensors.get(info.name) if donor >= 0 else None
-            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+            if other is not None:
+                dtype = Dtype.of(torch.promote_types(dtype.torch_dtype, other.dtype.torch_dtype))
         return dtype
 
     def _donor(self, position: int) -> Checkpoint:
@@ -115,7 +118,7 @@ class AlignedCheckpoint(Checkpoint):
             self._fill(table[begin : begin + step], slice(begin, begin + step), name, axis)
         padding = (self._alignment.donors == MEAN_OF_OWN) & (self._alignment.places[self._label_of_own] < 0)
         if bool(padding.any()):
-            table[padding] = _mean_of_rows(table, self._alignment.tokens, step).to(info.dtype)
+            table[padding] = _mean_of_rows(table, self._alignment.tokens, step).to(info.dtype.torch_dtype)
         return result
 
     def _fill(self, target: Tensor, run: slice, name: str, axis: int) -> None:

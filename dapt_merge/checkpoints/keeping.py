@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    pass
 
 _SHARE_OF_FREE_MEMORY = 0.25
 
@@ -33,14 +36,14 @@ def keep_computed(checkpoints: Mapping[str, Checkpoint], budget_bytes: int | Non
             if checkpoint.tensors[name].nbytes <= room:
                 room -= checkpoint.tensors[name].nbytes
                 chosen.append(name)
-        found[key] = checkpoint.with_reader(_keeping(checkpoint.read_stored, chosen)) if chosen else checkpoint
+        found[key] = checkpoint.with_reader(_keeping(checkpoint.stored_as, chosen)) if chosen else checkpoint
     return found
 
 
-def _keeping(read: Callable[[str], Tensor], names: Iterable[str]) -> Callable[[str], Tensor]:
-    wanted, kept = frozenset(names), dict[str, Tensor]()
+def _keeping(read: Callable[[str], StoredTensor], names: Iterable[str]) -> Callable[[str], StoredTensor]:
+    wanted, kept = frozenset(names), dict[str, StoredTensor]()
 
-    def read_or_recall(name: str) -> Tensor:
+    def read_or_recall(name: str) -> StoredTensor:
         if name not in wanted:
             return read(name)
         # Two threads may compute one tensor at once; both get the same bits, and one copy stays.

@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from dapt_merge.tensors.lazy_torch import torch
 
-
-class _WithoutCopies(TorchFunctionMode):
-    """Leaves a piece of a tensor where it is, where transformers would copy it to have it in one run of memory."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def stored_state(model: Any, *, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -47,10 +39,27 @@ def stored_state(model: Any, *, keep_vars: bool = False) -> dict[str, Tensor]:
     except ImportError:  # before transformers converted anything
         return state
     try:
-        with torch.no_grad(), _WithoutCopies():
+        with torch.no_grad(), _without_copies():
             return dict(revert_weight_conversion(model, state))
     except Exception:  # some conversions cannot be undone; then the names are those in memory, and are told to differ
         return state
+
+
+def _without_copies() -> Any:
+    """Return a mode that leaves a piece where it is, where transformers would copy it to have it in one run."""
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutCopies(TorchFunctionMode):
+        def __torch_function__(
+            self,
+            func: Callable[..., Any],
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None,
+        ) -> Any:
+            return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+    return WithoutCopies()
 
 
 def copied_names(pieces: Mapping[str, Tensor], model: Any) -> list[str]:

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge import prefetch
 from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, is_adapter_folder
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource, TensorInfo, config_value
-from dapt_merge.checkpoints.dtypes import SAFETENSORS_DTYPES
-from dapt_merge.checkpoints.files import PICKLES, map_file, read_header, read_json
+from dapt_merge.checkpoints.files import PICKLES, MappedFile, read_json
 from dapt_merge.checkpoints.float8 import can_be_dequantised, dequantised_checkpoint
 from dapt_merge.checkpoints.groups import embedding_and_head, natural_order, second_names
 from dapt_merge.checkpoints.hub import looks_like_hub_id, snapshot_folder
@@ -27,6 +24,12 @@ from dapt_merge.checkpoints.live_names import stored_state
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.references import split_architecture
 from dapt_merge.errors import InputError, nearest
+from dapt_merge.tensors.dtypes import SAFETENSORS_NAMES, Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,7 +75,7 @@ def open_tokenizer(source: str) -> Checkpoint:
     Raises:
         InputError: there is no such folder or hub model.
     """
-    folder, nothing = _local_folder(source), dict[str, Tensor]()
+    folder, nothing = _local_folder(source), dict[str, StoredTensor]()
     return Checkpoint(source, nothing.__getitem__, [], folder=folder if folder.is_dir() else folder.parent)
 
 
@@ -185,13 +188,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str, str] | None) -> Checkpoint:
     """Map the files, read their headers, and hold them against the index where there is one."""
-    handles: dict[Path, Any] = {}
+    opened_files: dict[Path, MappedFile] = {}
     infos: dict[str, TensorInfo] = {}
     config = _read_config(folder)
     quantisation = config.get("quantization_config")
     for file in files:
-        handles[file] = map_file(file)
-        for info in read_header(file, handles[file], float8=bool(quantisation)):
+        opened_files[file] = MappedFile(file, float8=bool(quantisation))
+        for info in opened_files[file].tensors:
             if info.name in infos:
                 raise InputError(
                     f"tensor '{info.name}' is stored in two shards", where=file, remedy="Save the checkpoint again."
@@ -200,13 +203,13 @@ def _open_files(folder: Path, files: list[Path], label: str, expected: dict[str,
     if expected is not None:
         _check_against_index(infos, expected, folder)
     named = canonical_names(infos, config)
-    where = {named[name]: (handles[info.file], name) for name, info in infos.items() if info.file is not None}
+    where = {named[name]: (opened_files[info.file], name) for name, info in infos.items() if info.file is not None}
     infos = {named[name]: replace(info, name=named[name]) for name, info in infos.items()}
     aliases = _tied_in_file(infos, config)
 
-    def read(name: str) -> Tensor:
-        handle, stored = where[name]
-        return handle.get_tensor(stored)
+    def read(name: str) -> StoredTensor:
+        opened_file, stored_as = where[name]
+        return opened_file.stored(stored_as)
 
     def known_digest(name: str) -> bytes | None:
         file = infos[name].file
@@ -280,23 +283,33 @@ def _open_state_dict(tensors: Mapping[str, Tensor], label: str, config: dict[str
     infos = []
     for name in sorted(natural_order(stored_as), key=lambda name: name != embedding):
         tensor = tensors[stored_as[name]]
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            what = "a meta tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InputError(
-                f"'{name}' holds no data ({'a meta tensor' if isinstance(tensor, Tensor) else type(tensor).__name__})",
+                f"'{name}' holds no data ({what})",
                 where=label,
                 remedy="Load the model's weights first; a state dict maps names to tensors.",
             )
-        if tensor.dtype not in SAFETENSORS_DTYPES.values():
+        dtype = _mergeable_dtype(tensor)
+        if dtype is None:
             raise InputError(f"tensor '{name}' has dtype {tensor.dtype}, which cannot be merged", where=label)
         storage = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and storage in owners:
             aliases[name] = owners[storage]
         else:
             owners[storage] = name
-            infos.append(TensorInfo(name, tensor.dtype, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize))
+            infos.append(TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * dtype.itemsize))
     return Checkpoint(
         label, lambda name: tensors[stored_as[name]].detach().cpu(), infos, config=config, aliases=aliases
     )
+
+
+def _mergeable_dtype(tensor: Tensor) -> Dtype | None:
+    try:
+        dtype = Dtype.of(tensor.dtype)
+    except ValueError:
+        return None
+    return dtype if dtype in SAFETENSORS_NAMES else None
 
 
 def _no_weights(folder: Path) -> InputError:

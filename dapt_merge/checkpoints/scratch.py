@@ -10,28 +10,31 @@ import math
 import mmap
 import os
 import tempfile
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IN_MEMORY_BYTES = 64 * 2**20
 
 
-def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def scratch_tensor(shape: tuple[int, ...], dtype: Dtype) -> Tensor:
     """Return a tensor to be filled; beyond 64 MiB it lies in an unlinked file in the temporary folder (`TMPDIR`).
 
     Raises:
         InputError: the temporary folder has no room for it.
 
     Example:
-        >>> scratch_tensor((2, 3), torch.bfloat16).shape
+        >>> scratch_tensor((2, 3), Dtype.BFLOAT16).shape
         torch.Size([2, 3])
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes <= IN_MEMORY_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype.torch_dtype)
     try:
         with tempfile.TemporaryFile(prefix="dapt-merge-") as file:
             # Reserved, not only sized: a full disk would else end the process when a page is written.
@@ -46,4 +49,4 @@ def scratch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             where=tempfile.gettempdir(),
             remedy="Free some space there, or set TMPDIR to a folder on a larger disk.",
         ) from error
-    return torch.frombuffer(mapped, dtype=dtype).reshape(shape)
+    return torch.frombuffer(mapped, dtype=dtype.torch_dtype).reshape(shape)

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
+from dapt_merge.tensors.lazy_torch import is_imported, torch, when_imported
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,14 +81,23 @@ def map_in_threads(
 
 @contextmanager
 def _single_threaded_torch(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool whose threads each run torch operations on one core."""
-    before = torch.get_num_threads()
+    """Yield a pool whose threads each run torch operations on one core, should they need torch at all."""
+    before: list[int] = []
+
+    def note_and_use_one() -> None:
+        before.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    if is_imported():
+        before.append(torch.get_num_threads())
+    initializer = (lambda: torch.set_num_threads(1)) if before else (lambda: None)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with when_imported(note_and_use_one), ThreadPoolExecutor(threads, initializer=initializer) as pool:
             yield pool
     finally:
         # The setting is per thread once a thread has used it, but also the default of threads yet to come.
-        torch.set_num_threads(before)
+        if before:
+            torch.set_num_threads(before[0])
 
 
 class _Budget:

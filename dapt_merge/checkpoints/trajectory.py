@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from dapt_merge.checkpoints.dtypes import at_least_float32
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.dtypes import at_least_float32
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_checkpoints(run: Path) -> list[Path]:
@@ -89,7 +92,7 @@ class AveragedCheckpoint(Checkpoint):
         last = self._members[-1][0].read(name)
         if not last.is_floating_point():
             return last
-        anchor = last.to(self.tensors[name].dtype)
+        anchor = last.to(self.tensors[name].dtype.torch_dtype)
         moved = torch.zeros_like(anchor)
         for member, share in self._members[:-1]:
             moved.add_(torch.sub(member.read(name).to(anchor.dtype), anchor).mul_(share))

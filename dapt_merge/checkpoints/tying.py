@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.groups import embedding_and_head
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    pass
 
 
 def with_own_heads(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
     """Return the checkpoints, the tied ones with a head where another one's head is not its embedding.
 
     Example:
+        >>> import torch
         >>> from dapt_merge.checkpoints import open_checkpoint
         >>> table = {"embed_tokens.weight": torch.ones(2, 2)}
         >>> own = open_checkpoint(table | {"lm_head.weight": torch.zeros(2, 2)})
@@ -47,10 +50,8 @@ def with_own_heads(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoin
 
 def same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """Say whether two tensors of a checkpoint are stored with the same bytes, or are one."""
-    first, second = checkpoint.read_stored(one), checkpoint.read_stored(other)
-    if first.data_ptr() == second.data_ptr():
-        return True
-    return first.dtype == second.dtype and torch.equal(first, second)
+    first, second = checkpoint.stored_as(one), checkpoint.stored_as(other)
+    return first.is_same_as(second)
 
 
 class UntiedCheckpoint(Checkpoint):
@@ -85,5 +86,5 @@ class UntiedCheckpoint(Checkpoint):
         """Return the fingerprint of the content, in which a tied head counts once."""
         return self._own.fingerprint()
 
-    def _read(self, name: str) -> Tensor:
-        return self._own.read(self._second.get(name, name))
+    def _read(self, name: str) -> StoredTensor:
+        return self._own.stored(self._second.get(name, name))

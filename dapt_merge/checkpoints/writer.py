@@ -17,18 +17,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 import xxhash
-from torch import Tensor
 
-from dapt_merge.checkpoints.checkpoint import tensor_bytes
-from dapt_merge.checkpoints.dtypes import SAFETENSORS_NAMES, dtype_name
 from dapt_merge.checkpoints.page_cache import page_cache_room
 from dapt_merge.checkpoints.staging import BLOCK_BYTES, OutputFile, Staging
 from dapt_merge.checkpoints.threads import default_threads
 from dapt_merge.errors import DaptMergeError, InputError
+from dapt_merge.tensors.dtypes import SAFETENSORS_NAMES, Dtype
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _RUN_BYTES = 1 << 20  # of a tensor that is there as a whole
@@ -42,7 +43,7 @@ class TensorSpec(Protocol):
         """The tensor's name in the file."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         """The dtype it is stored in."""
 
     @property
@@ -55,7 +56,7 @@ class _Place:
     shard: int
     offset: int
     nbytes: int
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
 
 
@@ -91,9 +92,9 @@ class CheckpointWriter:
         OSError: no space left; it is found here, before anything is computed.
 
     Example:
-        >>> import tempfile; from dapt_merge.checkpoints import TensorInfo
+        >>> import tempfile, torch; from dapt_merge.checkpoints import TensorInfo
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with CheckpointWriter(Path(folder), [TensorInfo("w", torch.float32, (2,), 8)]) as writer:
+        ...     with CheckpointWriter(Path(folder), [TensorInfo("w", Dtype.FLOAT32, (2,), 8)]) as writer:
         ...         digest = writer.write("w", torch.ones(2))
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['model.safetensors']
@@ -144,12 +145,12 @@ class CheckpointWriter:
             DaptMergeError: dtype or shape are not those announced.
         """
         place = self._places[name]
-        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
+        stored = StoredTensor.of(tensor)
+        if stored.dtype != place.dtype or stored.shape != place.shape:
             raise DaptMergeError(
-                f"tensor '{name}' was announced as {dtype_name(place.dtype)} {place.shape}, "
-                f"but {dtype_name(tensor.dtype)} {tuple(tensor.shape)} came"
+                f"tensor '{name}' was announced as {place.dtype} {place.shape}, but {stored.dtype} {stored.shape} came"
             )
-        content = tensor_bytes(tensor.cpu())
+        content = stored.memory
         with self.stream(name) as stream:
             for begin in range(0, place.nbytes, _RUN_BYTES):
                 run = content[begin : begin + _RUN_BYTES]
@@ -297,17 +298,16 @@ class TensorStream:
         self._open_from = 0  # from here on they are not hashed yet
         self._taken = 0
 
-    def place(self, begin: int, end: int) -> Tensor:
-        """Return where the elements begin…end−1 go: a 1-d tensor that is the caller's until the next one is asked for.
+    def place(self, begin: int, end: int) -> StoredTensor:
+        """Return where the elements begin…end−1 go: 1-d, and the caller's until the next place is asked for.
 
         Elements are asked for in order and without gaps.
         """
         itemsize = self._place.dtype.itemsize
         if begin * itemsize != self._taken:
             raise ValueError(f"tensor {self._name}: element {begin} is asked for, {self._taken // itemsize} is next")
-        if begin == end:
-            return torch.empty(0, dtype=self._place.dtype)
-        return torch.frombuffer(self.take((end - begin) * itemsize), dtype=self._place.dtype)
+        room = self.take((end - begin) * itemsize) if begin < end else memoryview(b"")
+        return StoredTensor(self._place.dtype, (end - begin,), room)
 
     def take(self, nbytes: int) -> memoryview:
         """Return room for the next bytes; see `place`."""
@@ -406,7 +406,7 @@ def split_into_shards(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[l
     for spec in tensors:
         if spec.dtype not in SAFETENSORS_NAMES:
             raise InputError(
-                f"tensor '{spec.name}' has dtype {dtype_name(spec.dtype)}, which is not written",
+                f"tensor '{spec.name}' has dtype {spec.dtype}, which is not written",
                 remedy="Choose float32, bfloat16 or float16 as the output dtype.",
             )
         if shards[-1] and filled + _nbytes(spec) > shard_bytes:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import Operands
+from dapt_merge.tensors.stored import StoredTensor
 
 # The weights at which the rounding of an update is measured, unless others are given.
 WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -150,7 +151,8 @@ def measure_difference(
     changed = 0
     sums, scales = np.zeros(4), np.array(weights, np.float32)
     counts, squares = np.zeros((len(weights), 2), np.int64), np.zeros((len(weights), 2))
-    for _, start, (end,) in Operands(base, (model,), context).pieces():
+    inputs = Operands(StoredTensor.of(base), (StoredTensor.of(model),), context)
+    for _, start, (end,) in inputs.pieces():
         assert start is not None
         changed += loops.measure(start.numpy(), end.numpy(), scales, sums, counts, squares)
     rounding = (UpdateRounding(*map(int, c), *map(float, s)) for c, s in zip(counts, squares, strict=True))
@@ -170,7 +172,8 @@ def measure_sign_agreement(base: Tensor, models: Sequence[Tensor], context: Tens
     from dapt_merge.inspection import loops
 
     total = SignAgreement()
-    for _, start, ends in Operands(base, tuple(models), context).pieces():
+    inputs = Operands(StoredTensor.of(base), tuple(map(StoredTensor.of, models)), context)
+    for _, start, ends in inputs.pieces():
         assert start is not None
         up, down = np.zeros(start.numel(), np.int16), np.zeros(start.numel(), np.int16)
         for end in ends:

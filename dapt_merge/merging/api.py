@@ -14,11 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from dapt_merge.checkpoints.checkpoint import Checkpoint, CheckpointSource
-from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.checkpoints.writer import DEFAULT_SHARD_BYTES
@@ -31,8 +27,11 @@ from dapt_merge.merging.stream import merge_to_disk
 from dapt_merge.merging.tensor import MergedTensor, merge_tensor
 from dapt_merge.merging.trimming import settle_cutoffs
 from dapt_merge.recipe import Recipe, load_recipe, make_recipe
+from dapt_merge.tensors.dtypes import Dtype, parse_dtype
+from dapt_merge.tensors.lazy_torch import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -78,13 +77,13 @@ def merge(
         settled, opened = _from_arguments(base, dapt, method, parameters)
     changes: dict[str, Any] = {} if seed is None else {"seed": seed}
     if out_dtype is not None:
-        changes["out_dtype"] = str(parse_dtype(out_dtype)).removeprefix("torch.")
+        changes["out_dtype"] = parse_dtype(out_dtype).value
     if changes:
         settled = Recipe.model_validate(settled.model_dump() | changes)
     return LazyMerge(plan_merge(settled, opened))
 
 
-class LazyMerge(Mapping[str, Tensor]):
+class LazyMerge(Mapping[str, "Tensor"]):
     """A planned merge: a mapping from tensor names to merged tensors, each computed when it is asked for."""
 
     def __init__(self, plan: MergePlan) -> None:
@@ -124,7 +123,7 @@ class LazyMerge(Mapping[str, Tensor]):
             InputError: the base has no configuration, or one that transformers cannot build without foreign code.
         """
         wanted = self.plan.main_dtype if dtype is None else parse_dtype(dtype)
-        model = model_from_config(self.plan.config_from, wanted or torch.float32)
+        model = model_from_config(self.plan.config_from, (wanted or Dtype.FLOAT32).torch_dtype)
         self._report = fill_model(model, self.plan)
         return model
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dapt_merge.checkpoints.page_cache import page_cache_room
 from dapt_merge.checkpoints.staging import OutputFile, Staging
@@ -104,11 +103,11 @@ def copy_seconds_per_byte(
     return (time.perf_counter() - started) / (len(pieces) * staging.buffer_bytes)
 
 
-def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[Tensor]]:
+def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[np.ndarray]]:
     """Yield for pieces of the output the bytes of the inputs that they are made from, until the sample is full."""
     taken = 0
     for job in sorted(plan.jobs, key=lambda job: -job.elements):
-        inputs = [plan.read(label, stored).reshape(-1).view(torch.uint8) for label, stored in job.reads]
+        inputs = [np.frombuffer(plan.read(label, stored).memory, np.uint8) for label, stored in job.reads]
         for begin in range(0, job.nbytes - piece_bytes + 1, piece_bytes):
             if taken >= sample:
                 return
@@ -118,14 +117,15 @@ def _pieces(plan: MergePlan, piece_bytes: int, sample: int) -> Iterator[list[Ten
             yield [content[part] for content, part in zip(inputs, parts, strict=True)]
 
 
-def _copy(inputs: list[Tensor], number: int, file: OutputFile, staging: Staging) -> Future[None] | None:
+def _copy(inputs: list[np.ndarray], number: int, file: OutputFile, staging: Staging) -> Future[None] | None:
     buffer = staging.take()
     size = staging.buffer_bytes
     view = memoryview(buffer)
-    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    whole = np.frombuffer(buffer, np.uint8)
     for content in inputs:
-        for part in content.split(size):
-            whole[: len(part)] = part  # torch lets other threads copy meanwhile
+        for begin in range(0, len(content), size):
+            part = content[begin : begin + size]
+            whole[: len(part)] = part  # numpy lets other threads copy meanwhile
 
     def carry(cached: bool) -> None:
         try:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.threads import MINIMUM_BUDGET, default_threads
 from dapt_merge.merging.copying import copy_seconds_per_byte
@@ -26,6 +24,7 @@ from dapt_merge.merging.rates import recalled
 from dapt_merge.merging.report import bytes_read
 from dapt_merge.merging.stream import merge_to_disk
 from dapt_merge.methods.pieces import arithmetic_dtype
+from dapt_merge.tensors.lazy_torch import torch
 
 # Python, torch, numba and this package once a merge runs, measured as memory that is no file's.
 _PROGRAM_BYTES = 190 * 2**20
@@ -238,7 +237,7 @@ def _made_up(plan: MergePlan, job: TensorJob, folder: Path | None, tensors: int)
     opened = {}
     for position, (label, stored) in enumerate(_reads(job)):
         dtype = plan.checkpoints[label].tensors[stored].dtype
-        values = (0.02 * noise + 1e-3 * noise.roll(position, 1) if position else 0.02 * noise).to(dtype)
+        values = (0.02 * noise + 1e-3 * noise.roll(position, 1) if position else 0.02 * noise).to(dtype.torch_dtype)
         content = {name: values.clone() for name in names}
         if folder is None:
             opened[label] = open_checkpoint(content, label)

@@ -8,15 +8,19 @@ this module does not know: what is merged, and where the results go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge.errors import InputError
+from dapt_merge.merging.plan import Reader
 from dapt_merge.merging.tensor import Place
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BUFFER_BYTES = 32 * 2**20
 
@@ -119,17 +123,17 @@ class _Return:
         self._ferry, self._home = ferry, home
         self._filling: tuple[int, int, Tensor] | None = None
         self._under_way: tuple[int, int, Tensor, Any] | None = None
-        self._dtype: torch.dtype | None = None
+        self._dtype: Dtype | None = None
         self._turn = 0
 
-    def place(self, begin: int, end: int) -> Tensor:
+    def place(self, begin: int, end: int) -> StoredTensor:
         self._send()
         if self._dtype is None:
             # The dtype is the home's to know; what it hands out is asked for again when there is something to put in.
             self._dtype = self._home(begin, begin).dtype
-        there = torch.empty(end - begin, dtype=self._dtype, device=self._ferry._device)
+        there = torch.empty(end - begin, dtype=self._dtype.torch_dtype, device=self._ferry._device)
         self._filling = (begin, end, there)
-        return there
+        return StoredTensor.of(there)
 
     def finish(self) -> None:
         self._send()
@@ -152,7 +156,7 @@ class _Return:
         begin, end, buffer, event = self._under_way
         if event is not None:
             event.synchronize()
-        self._home(begin, end).copy_(buffer)
+        self._home(begin, end).tensor.copy_(buffer)
         self._under_way = None
 
     def _pinned(self, there: Tensor) -> Tensor:
@@ -162,6 +166,6 @@ class _Return:
         return self._ferry._back[self._turn][:size].view(there.dtype)
 
 
-def brought_by(ferry: Ferry, read: Callable[[str, str], Tensor]) -> Callable[[str, str], Tensor]:
+def brought_by(ferry: Ferry, read: Reader) -> Reader:
     """Return a way to read tensors onto the device."""
-    return lambda label, name: ferry.bring(read(label, name))
+    return lambda label, name: ferry.bring(StoredTensor.of(read(label, name)).tensor)

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from dapt_merge.checkpoints.chat_template import stored_template
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.companions import updated_config
-from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.groups import GROUPS, tensor_group, with_layer
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import DaptMergeError
@@ -284,7 +283,7 @@ def _explained(jobs: Sequence[TensorJob], everything: Sequence[str]) -> Explaine
         models=first.models,
         target=first.target,
         settings=settings,
-        out_dtype=dtype_name(first.out_dtype),
+        out_dtype=first.out_dtype.value,
         copied_from=_copied_from(first, settings),
     )
 

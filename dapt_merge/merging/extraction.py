@@ -13,11 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRANSPOSING_TYPES
@@ -27,6 +25,10 @@ from dapt_merge.checkpoints.threads import map_in_threads
 from dapt_merge.checkpoints.tying import with_own_heads
 from dapt_merge.errors import InputError
 from dapt_merge.merging.agreement import agree
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Directions computed beyond the rank, and passes over the matrix: they make the first `rank` of them exact enough.
 _EXTRA_DIRECTIONS = 8

@@ -9,12 +9,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dapt_merge.checkpoints.checkpoint import Checkpoint, config_value
 from dapt_merge.checkpoints.companions import generation_settings
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.lazy_torch import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

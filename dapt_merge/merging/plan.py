@@ -11,14 +11,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from dapt_merge.checkpoints.alignment import Alignment, align
 from dapt_merge.checkpoints.chat_template import chosen_template
 from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from dapt_merge.checkpoints.dtypes import parse_dtype
 from dapt_merge.checkpoints.gathering import aligned_checkpoints
 from dapt_merge.checkpoints.groups import tensor_group
 from dapt_merge.checkpoints.opening import open_checkpoint, open_tokenizer, with_stated_architecture
@@ -34,6 +31,15 @@ from dapt_merge.recipe import Recipe, ResolvedParameters, recipe_warnings, resol
 from dapt_merge.recipe.parts import same_model
 from dapt_merge.recipe.resolving import comes_after_the_layers
 from dapt_merge.statistics import Statistics, open_statistics
+from dapt_merge.tensors.dtypes import Dtype, parse_dtype
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Reader: TypeAlias = "Callable[[str, str], Tensor | StoredTensor]"
+"""(label of a checkpoint or statistics file, tensor name) → the stored tensor."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,15 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    out_dtype: torch.dtype
+    out_dtype: Dtype
     base: str | None
     models: tuple[str, ...]
     parameters: ResolvedParameters
     cutoffs: tuple[Cutoff | None, ...] | None = None
     stored: tuple[str, ...] = ()
     target: str | None = None
-    in_dtype: torch.dtype | None = None
-    arithmetic: torch.dtype | None = None
+    in_dtype: Dtype | None = None
+    arithmetic: Dtype | None = None
     stochastic: bool = False
     layer: int | None = None
     num_layers: int | None = None
@@ -80,15 +86,15 @@ class TensorJob:
         """What is read of the target: (checkpoint label, tensor name)."""
         return None if self.target is None else (self.target, self.reads[0][1])
 
-    def inputs(self, read: Callable[[str, str], Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+    def inputs(self, read: Reader) -> tuple[StoredTensor | None, list[StoredTensor]]:
         """Return the base, if there is one, and the models: as they are stored, or rounded to `in_dtype` first."""
-        tensors = [read(label, stored) for label, stored in self.reads]
+        tensors = [StoredTensor.of(read(label, stored)) for label, stored in self.reads]
         if self.in_dtype is not None:
-            tensors = [tensor.to(self.in_dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+            tensors = [_rounded(tensor, self.in_dtype) for tensor in tensors]
         return (None, tensors) if self.base is None else (tensors[0], tensors[1:])
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         """The dtype it is written in."""
         return self.out_dtype
 
@@ -101,6 +107,12 @@ class TensorJob:
     def nbytes(self) -> int:
         """Its size in the output."""
         return self.elements * self.out_dtype.itemsize
+
+
+def _rounded(stored: StoredTensor, dtype: Dtype) -> StoredTensor:
+    if not stored.dtype.is_floating_point or stored.dtype == dtype:
+        return stored
+    return StoredTensor.of(stored.tensor.to(dtype.torch_dtype))
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,9 @@ class MergePlan:
     # What the output's tokenizer makes of conversations; None: what the tokenizer says itself.
     chat_template: str | None = None
 
-    def read(self, label: str, name: str) -> Tensor:
+    def read(self, label: str, name: str) -> StoredTensor:
         """Return a stored tensor of one of the checkpoints, or of one of the statistics files."""
-        return self.statistics[label].read(name) if label in self.statistics else self.checkpoints[label].read(name)
+        return self.statistics[label].stored(name) if label in self.statistics else self.checkpoints[label].stored(name)
 
     @property
     def nbytes(self) -> int:
@@ -127,9 +139,9 @@ class MergePlan:
         return sum(job.nbytes for job in self.jobs)
 
     @property
-    def main_dtype(self) -> torch.dtype | None:
+    def main_dtype(self) -> Dtype | None:
         """The floating dtype that most of the output is in: what its config.json states."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[Dtype, int] = {}
         for job in self.jobs:
             if job.out_dtype.is_floating_point:
                 sizes[job.out_dtype] = sizes.get(job.out_dtype, 0) + job.elements
@@ -147,6 +159,7 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint] | None = No
         InputError: a checkpoint cannot be opened, or the inputs do not belong together.
 
     Example:
+        >>> import torch
         >>> from dapt_merge.recipe import make_recipe
         >>> ones = open_checkpoint({"w": torch.ones(2)}, "b")
         >>> twos = open_checkpoint({"w": 2 * torch.ones(2)}, "d")
@@ -284,7 +297,7 @@ def _owner(recipe: Recipe, opened: Mapping[str, Checkpoint], tensor: LaidTensor)
     return _spelled_in(opened, recipe.target or model), stored
 
 
-def _out_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
+def _out_dtype(recipe: Recipe, info: TensorInfo) -> Dtype:
     keeps = not info.dtype.is_floating_point or recipe.output_dtype is None
     return info.stored_dtype or info.dtype if keeps else parse_dtype(str(recipe.output_dtype))
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from dapt_merge.atomic import write_text
-from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import MergePlan
 
@@ -68,8 +67,8 @@ def _rates(kept: object) -> list[float]:
 
 def _key(plan: MergePlan, threads: int, flush: bool) -> str:
     """Name what the speed depends on: method, number of checkpoints, dtypes, threads, who waits for the disk."""
-    dtypes = sorted({dtype_name(info.dtype) for c in plan.checkpoints.values() for info in c.tensors.values()})
-    out = "mixed" if plan.main_dtype is None else dtype_name(plan.main_dtype)
+    dtypes = sorted({info.dtype.value for c in plan.checkpoints.values() for info in c.tensors.values()})
+    out = "mixed" if plan.main_dtype is None else plan.main_dtype.value
     scope = plan.recipe.parameters.get("trim_scope", "tensor")
     parts = (plan.recipe.merge_method, str(scope), f"{len(plan.checkpoints)} models", "+".join(dtypes), out)
     return " ".join((*parts, f"{threads} threads", waiting(flush)))

@@ -17,12 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dapt_merge.merging.explanation import explain
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.tensor import MergedTensor, RoundingLoss
 from dapt_merge.recipe import recipe_fingerprint
+from dapt_merge.tensors.dtypes import Dtype
 
 REPORT_FILE = "merge_report.json"
 # Above this share the update that is written is visibly not the one that was asked for.
@@ -218,7 +217,7 @@ def _statistics_warnings(plan: MergePlan, inputs: Mapping[str, str]) -> list[str
 def _rounding_warnings(plan: MergePlan, loss: RoundingLoss) -> list[str]:
     if loss.share <= _LOSS_WORTH_A_WARNING:
         return []
-    keeps = "float64" if any(job.out_dtype == torch.float32 for job in plan.jobs) else "float32"
+    keeps = "float64" if any(job.out_dtype == Dtype.FLOAT32 for job in plan.jobs) else "float32"
     return [
         f"rounding to the output dtype lost {loss.share:.0%} of the updated elements (they fell back to the base's"
         f" value); out_dtype: {keeps} keeps them."

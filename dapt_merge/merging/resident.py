@@ -13,9 +13,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.keeping import keep_computed
 from dapt_merge.checkpoints.live_names import copied_names, stored_state
@@ -29,8 +26,12 @@ from dapt_merge.merging.report import MergeReport, TensorOutcome, build_report
 from dapt_merge.merging.tensor import merge_tensor
 from dapt_merge.merging.trimming import settle_cutoffs
 from dapt_merge.recipe import Recipe
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -46,6 +47,7 @@ class ResidentMerger:
         InputError: the checkpoints do not belong together, do not fit the model, or share its memory.
 
     Example:
+        >>> import torch
         >>> from dapt_merge import make_recipe, open_checkpoint
         >>> ones, twos = {"weight": torch.ones(1, 2)}, {"weight": 2 * torch.ones(1, 2)}
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -136,7 +138,7 @@ def _for_live(plan: MergePlan, live: Mapping[str, Tensor]) -> MergePlan:
     if len(used) < len(plan.jobs):
         unused = ", ".join(job.name for job in plan.jobs if job.name not in live)
         warnings = (*warnings, f"{unused}: the live model's class does not use them, and they were not merged")
-    dtypes = [live[job.name].dtype for job in used]
+    dtypes = [Dtype.of(live[job.name].dtype) for job in used]
     jobs = tuple(
         job if job.out_dtype == dtype else replace(job, out_dtype=dtype)
         for job, dtype in zip(used, dtypes, strict=True)
@@ -164,16 +166,17 @@ class _Held:
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, str, torch.device], tuple[Hashable, Tensor]] = {}
+        self._tensors: dict[tuple[str, str, torch.device], tuple[Hashable, StoredTensor]] = {}
         self._memories: dict[Hashable, tuple[Hashable, dict[Hashable, Any]]] = {}
 
-    def read(self, plan: MergePlan, label: str, name: str, device: torch.device) -> Tensor:
+    def read(self, plan: MergePlan, label: str, name: str, device: torch.device) -> StoredTensor:
         """Return an input on the device; it is held there as long as there is room and it does not change."""
         held = self._tensors.get((label, name, device))
         if held is not None and held[0] == _state(plan, label, name):
             return held[1]
         stored = plan.read(label, name)
-        tensor = stored.to(device)
+        stays = stored.is_on_cpu if device.type == "cpu" else stored.device == device
+        tensor = stored if stays else StoredTensor.of(stored.tensor.to(device))
         # What is computed when it is read is kept by its checkpoint, as far as there is room (`keeping`).
         if _has_room(device) and (tensor is not stored or not _is_computed(plan, label, name)):
             self._tensors[label, name, device] = _state(plan, label, name), tensor

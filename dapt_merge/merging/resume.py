@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.report import TensorOutcome, versions
 from dapt_merge.merging.tensor import RoundingLoss
 from dapt_merge.merging.unchanged import identity
+from dapt_merge.tensors.lazy_torch import torch
 
 JOURNAL_FILE = ".finished.jsonl"
 _BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")

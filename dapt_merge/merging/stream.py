@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dapt_merge import prefetch
 from dapt_merge.atomic import atomic_folder, refuse_existing
 from dapt_merge.checkpoints.chat_template import write_template
@@ -38,6 +36,7 @@ from dapt_merge.merging.resume import Journal, boot_id, resume_key
 from dapt_merge.merging.tensor import Place, RoundingLoss, merge_tensor_in_runs
 from dapt_merge.merging.trimming import settle_cutoffs
 from dapt_merge.merging.unchanged import Unchanged
+from dapt_merge.tensors.lazy_torch import torch
 
 RECIPE_FILE = "recipe.yaml"
 

@@ -7,20 +7,25 @@ without anyone noticing. Where tensors are read from and written to, this module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dapt_merge.errors import InputError
-from dapt_merge.merging.plan import TensorJob
+from dapt_merge.merging.plan import Reader, TensorJob
 from dapt_merge.merging.rounding import round_stochastically
-from dapt_merge.methods.apply import Place, combine, combine_in_runs
+from dapt_merge.methods.apply import Place, combine_in_runs, combine_stored
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import arithmetic_dtype, dtypes_of, is_finite
 from dapt_merge.methods.rounding_loss import RoundingLoss, is_lossy, rounded_and_counted
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RUN_ELEMENTS = 1 << 18  # of a result that is handed over piece by piece
 
@@ -39,7 +44,7 @@ class MergedTensor:
 
 def merge_tensor(
     job: TensorJob,
-    read: Callable[[str, str], Tensor],
+    read: Reader,
     seed: int,
     *,
     measure_rounding: bool = True,
@@ -50,7 +55,7 @@ def merge_tensor(
 
     Args:
         job: what to merge.
-        read: (label of a checkpoint or statistics file, tensor name) → the stored tensor.
+        read: see `plan.Reader`.
         seed: the recipe's.
         measure_rounding: count the elements of the update that rounding to a dtype narrower than the arithmetic's
             loses. It changes no bit of the result.
@@ -62,18 +67,18 @@ def merge_tensor(
         InputError: an input holds NaN or infinity, buffers disagree, or the result overflows the output dtype.
     """
     inputs = job.inputs(read)
-    made = _Output(job, out, inputs[1][0].device)
+    made = _Output(job, out, inputs[1][0])
     ready, notes, loss = _merge(job, inputs, read, seed, made.place, job.elements, measure_rounding, memories)
     if ready is not None:
-        if out is None and ready.tensor.dtype == job.out_dtype:
-            return MergedTensor(ready.tensor, notes)
+        if out is None and ready.merged.dtype == job.out_dtype:
+            return MergedTensor(ready.merged.tensor, notes)
         loss = _hand_over(ready, job, made.place, max(1, job.elements), measure_rounding)
     return MergedTensor(made.finished(), notes, loss)
 
 
 def merge_tensor_in_runs(
     job: TensorJob,
-    read: Callable[[str, str], Tensor],
+    read: Reader,
     seed: int,
     place: Place,
     *,
@@ -95,16 +100,17 @@ def merge_tensor_in_runs(
 class _Output:
     """The whole of a result, given by the caller or made when the first place in it is asked for."""
 
-    def __init__(self, job: TensorJob, given: Tensor | None, device: torch.device) -> None:
-        self._job, self._given, self._device = job, given, device
-        fits = given is not None and given.device == device and given.is_contiguous()
+    def __init__(self, job: TensorJob, given: Tensor | None, model: StoredTensor) -> None:
+        self._job, self._given, self._model = job, given, model
+        fits = given is not None and given.is_contiguous() and given.device == model.device
         self._whole = given.detach() if given is not None and fits else None
         self._copied = given is not None and not fits
 
-    def place(self, begin: int, end: int) -> Tensor:
+    def place(self, begin: int, end: int) -> StoredTensor:
         if self._whole is None:
-            self._whole = torch.empty(self._job.shape, dtype=self._job.out_dtype, device=self._device)
-        return self._whole.view(-1)[begin:end]
+            dtype = self._job.out_dtype.torch_dtype
+            self._whole = torch.empty(self._job.shape, dtype=dtype, device=self._model.device)
+        return StoredTensor.of(self._whole.view(-1)[begin:end])
 
     def finished(self) -> Tensor:
         self.place(0, 0)  # of a tensor without elements nothing was asked for
@@ -120,14 +126,14 @@ class _Output:
 class _Ready:
     """A result that is there as a whole, perhaps an input itself, and the tensor that its update starts from."""
 
-    tensor: Tensor
-    start: Tensor
+    merged: StoredTensor
+    start: StoredTensor
 
 
 def _merge(
     job: TensorJob,
-    inputs: tuple[Tensor | None, list[Tensor]],
-    read: Callable[[str, str], Tensor],
+    inputs: tuple[StoredTensor | None, list[StoredTensor]],
+    read: Reader,
     seed: int,
     place: Place,
     run_elements: int,
@@ -144,12 +150,14 @@ def _merge(
         cutoffs=job.cutoffs,
         layer=job.layer,
         num_layers=job.num_layers,
-        statistics=tuple(None if stored is None else read(*stored) for stored in job.statistics),
+        statistics=tuple(
+            None if stored is None else StoredTensor.of(read(*stored)).tensor for stored in job.statistics
+        ),
         memories=memories,
     )
     method, values = job.parameters.method, job.parameters.values
     start = models[0] if base is None else base
-    target = None if job.target_read is None else read(*job.target_read)
+    target = None if job.target_read is None else StoredTensor.of(read(*job.target_read))
     arithmetic = job.arithmetic or arithmetic_dtype(dtypes_of(base, target, *models), job.out_dtype)
     stochastic = job.stochastic and is_lossy(arithmetic, job.out_dtype)
     if not stochastic and target is None:
@@ -165,16 +173,16 @@ def _merge(
             counted=measure_rounding,
             run_elements=run_elements,
         )
-        ready = _Ready(result, start) if isinstance(result, Tensor) else None
+        ready = _Ready(result, start) if isinstance(result, StoredTensor) else None
         return ready, context.notes, result if isinstance(result, RoundingLoss) else None
-    merged = combine(method, base, models, values, context, out_dtype=arithmetic, arithmetic=arithmetic)
+    merged = combine_stored(method, base, models, values, context, out_dtype=arithmetic, arithmetic=arithmetic)
     if target is not None and base is not None:
         start = target
         merged = _added_to_target(merged, base, target, job, arithmetic)
     # A copy of an input is no update: it is rounded as loading it in that dtype would.
-    if stochastic and merged.is_floating_point() and not any(merged is tensor for tensor in (start, *models)):
-        merged = round_stochastically(merged, job.out_dtype, seed, job.name)
-        _refuse_overflow(merged, job)
+    if stochastic and merged.dtype.is_floating_point and not any(merged is stored for stored in (start, *models)):
+        merged = StoredTensor.of(round_stochastically(merged.tensor, job.out_dtype.torch_dtype, seed, job.name))
+        _refuse_overflow(merged.tensor, job)
     return _Ready(merged, start), context.notes, None
 
 
@@ -182,13 +190,16 @@ def _hand_over(
     ready: _Ready, job: TensorJob, place: Place, run_elements: int, measure_rounding: bool
 ) -> RoundingLoss | None:
     """Put a whole result into its places, rounded to the output dtype, and count what that loses."""
-    flat, from_flat = ready.tensor.reshape(-1), ready.start.reshape(-1)
-    rounds = flat.is_floating_point() and flat.dtype != job.out_dtype
-    counted = rounds and measure_rounding and is_lossy(flat.dtype, job.out_dtype)
+    if ready.merged.dtype == job.out_dtype and ready.merged.is_on_cpu:
+        _copy_out(ready.merged, place, run_elements)
+        return None
+    flat, from_flat, exact = ready.merged.tensor.reshape(-1), ready.start.tensor.reshape(-1), ready.merged.dtype
+    rounds = exact.is_floating_point and exact != job.out_dtype
+    counted = rounds and measure_rounding and is_lossy(exact, job.out_dtype)
     loss = RoundingLoss()
     for begin in range(0, flat.numel(), run_elements):
         run = slice(begin, min(begin + run_elements, flat.numel()))
-        placed = place(run.start, run.stop)
+        placed = place(run.start, run.stop).tensor
         if counted:
             loss += rounded_and_counted(flat[run], from_flat[run], placed)
         else:
@@ -198,14 +209,24 @@ def _hand_over(
     return loss if counted else None
 
 
-def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJob, arithmetic: torch.dtype) -> Tensor:
+def _copy_out(merged: StoredTensor, place: Place, run_elements: int) -> None:
+    """Put a result that needs no rounding into its places, byte by byte."""
+    content, size = np.frombuffer(merged.memory, np.uint8), merged.dtype.itemsize
+    for begin in range(0, merged.numel, run_elements):
+        end = min(begin + run_elements, merged.numel)
+        np.frombuffer(place(begin, end).memory, np.uint8)[:] = content[begin * size : end * size]
+
+
+def _added_to_target(
+    merged: StoredTensor, base: StoredTensor, target: StoredTensor, job: TensorJob, arithmetic: Dtype
+) -> StoredTensor:
     """Return θ_target + (merged − θ₀) in the arithmetic's dtype; the target itself where the merge is the base itself.
 
     Raises:
         InputError: the target holds NaN or infinity, or disagrees on a buffer.
     """
-    if not target.is_floating_point():
-        if not torch.equal(target, merged):
+    if not target.dtype.is_floating_point:
+        if not target.is_same_as(merged):
             raise InputError(
                 f"{job.target} disagrees with {job.base} on a buffer of {target.dtype}, which cannot be merged",
                 where=f"tensor {job.name}",
@@ -214,14 +235,15 @@ def _added_to_target(merged: Tensor, base: Tensor, target: Tensor, job: TensorJo
         return target
     if merged is base:
         return target
-    moved = merged.to(arithmetic).sub(base.to(arithmetic)).add_(target)
+    exact = arithmetic.torch_dtype
+    moved = merged.tensor.to(exact).sub(base.tensor.to(exact)).add_(target.tensor)
     if not is_finite(moved):
         raise InputError(
             f"the result is not finite: {job.target} holds NaN or infinity, or the sum overflows",
             where=f"tensor {job.name}",
             remedy="Use a target without NaN, or smaller weights.",
         )
-    return moved
+    return StoredTensor.of(moved)
 
 
 def _refuse_overflow(rounded: Tensor, job: TensorJob) -> None:

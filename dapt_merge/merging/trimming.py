@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import Operands, arithmetic_dtype, dtypes_of
 from dapt_merge.methods.ties import model_cutoffs
+from dapt_merge.tensors.dtypes import Dtype
 
 
 def settle_cutoffs(plan: MergePlan) -> MergePlan:
@@ -44,12 +43,12 @@ def settle_cutoffs(plan: MergePlan) -> MergePlan:
     return replace(plan, jobs=tuple(settled.get(job.name, job) for job in plan.jobs))
 
 
-def _widest(operands: Sequence[Operands], jobs: Sequence[TensorJob]) -> torch.dtype:
+def _widest(operands: Sequence[Operands], jobs: Sequence[TensorJob]) -> Dtype:
     """Return float64 where any of the tensors is merged in it, else float32."""
     for each, job in zip(operands, jobs, strict=True):
-        if (job.arithmetic or arithmetic_dtype(dtypes_of(each.base, *each.models), job.out_dtype)) == torch.float64:
-            return torch.float64
-    return torch.float32
+        if (job.arithmetic or arithmetic_dtype(dtypes_of(each.base, *each.models), job.out_dtype)) == Dtype.FLOAT64:
+            return Dtype.FLOAT64
+    return Dtype.FLOAT32
 
 
 def _trims_over_the_model(job: TensorJob) -> bool:

@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from torch import Tensor
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint, tensor_digest
 from dapt_merge.checkpoints.companions import COMPANIONS
-from dapt_merge.checkpoints.dtypes import dtype_name
 from dapt_merge.checkpoints.hub import looks_like_hub_id
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.threads import map_in_threads
@@ -34,6 +32,10 @@ from dapt_merge.merging.tensor import merge_tensor
 from dapt_merge.merging.trimming import settle_cutoffs
 from dapt_merge.recipe import Recipe, load_recipe, recipe_fingerprint
 from dapt_merge.recipe.reading import relocated
+from dapt_merge.tensors.dtypes import Dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[int, int], None] | None
 
@@ -315,9 +317,9 @@ def _difference(expected: Tensor, name: str, stored: Checkpoint) -> str | None:
     info = stored.tensors.get(name)
     if info is None:
         return "missing"
-    if info.shape != tuple(expected.shape) or info.dtype != expected.dtype:
-        wanted = f"{dtype_name(expected.dtype)} {tuple(expected.shape)}"
-        return f"stored as {dtype_name(info.dtype)} {info.shape}, not {wanted}"
+    if info.shape != tuple(expected.shape) or info.dtype != Dtype.of(expected.dtype):
+        wanted = f"{Dtype.of(expected.dtype)} {tuple(expected.shape)}"
+        return f"stored as {info.dtype} {info.shape}, not {wanted}"
     if stored.digest(name) == tensor_digest(expected):
         return None
     found = stored.read(name)

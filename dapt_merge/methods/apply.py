@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dapt_merge.errors import DaptMergeError, InputError
 from dapt_merge.methods.contract import Method, Source, TensorContext
 from dapt_merge.methods.fused import Fused, Program
 from dapt_merge.methods.pieces import Operands, arithmetic_dtype, dtypes_of, is_finite, refuse_non_finite
 from dapt_merge.methods.rounding_loss import RoundingLoss, is_lossy, rounded_and_counted
-from dapt_merge.methods.stored import STORED_CODES, fits
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import LOOP_CODES, StoredTensor
 
-MERGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Place: TypeAlias = Callable[[int, int], Tensor]
+MERGED_DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.FLOAT16, Dtype.FLOAT64)
+
+Place: TypeAlias = Callable[[int, int], StoredTensor]
 """(begin, end) → where the elements begin…end−1 of the flattened result belong: 1-d, in the output's dtype.
 
 Asked for in order and without gaps; what was placed may be carried away by the time that the next place is asked for.
@@ -38,8 +40,8 @@ def combine(
     values: Mapping[str, object],
     context: TensorContext,
     *,
-    out_dtype: torch.dtype = torch.float32,
-    arithmetic: torch.dtype | None = None,
+    out_dtype: Dtype | torch.dtype = Dtype.FLOAT32,
+    arithmetic: Dtype | torch.dtype | None = None,
     piece_elements: int | None = None,
     compiled: bool = True,
 ) -> Tensor:
@@ -71,12 +73,38 @@ def combine(
         >>> combine(get_method("linear"), base, [dapt], {"weight": 0.5}, TensorContext("w"))
         tensor([1.5000, 3.0000])
     """
+    return combine_stored(
+        method,
+        base,
+        models,
+        values,
+        context,
+        out_dtype=Dtype.of(out_dtype),
+        arithmetic=None if arithmetic is None else Dtype.of(arithmetic),
+        piece_elements=piece_elements,
+        compiled=compiled,
+    ).tensor
+
+
+def combine_stored(
+    method: Method,
+    base: Tensor | StoredTensor | None,
+    models: Sequence[Tensor | StoredTensor],
+    values: Mapping[str, object],
+    context: TensorContext,
+    *,
+    out_dtype: Dtype = Dtype.FLOAT32,
+    arithmetic: Dtype | None = None,
+    piece_elements: int | None = None,
+    compiled: bool = True,
+) -> StoredTensor:
+    """Merge one tensor as `combine` does; an end point is the very object that was given, where that is stored."""
     merged: list[Tensor] = []
 
-    def place(begin: int, end: int) -> Tensor:
+    def place(begin: int, end: int) -> StoredTensor:
         if not merged:
-            merged.append(torch.empty(models[0].shape, dtype=out_dtype, device=models[0].device))
-        return merged[0].view(-1)[begin:end]
+            merged.append(torch.empty(models[0].shape, dtype=out_dtype.torch_dtype, device=models[0].device))
+        return StoredTensor.of(merged[0].view(-1)[begin:end])
 
     result = combine_in_runs(
         method,
@@ -91,25 +119,24 @@ def combine(
         piece_elements=piece_elements,
         compiled=compiled,
     )
-    return result if isinstance(result, Tensor) else merged[0]
+    return result if isinstance(result, StoredTensor) else StoredTensor.of(merged[0])
 
 
-@torch.no_grad()
 def combine_in_runs(
     method: Method,
-    base: Tensor | None,
-    models: Sequence[Tensor],
+    base: Tensor | StoredTensor | None,
+    models: Sequence[Tensor | StoredTensor],
     values: Mapping[str, object],
     context: TensorContext,
     place: Place,
     *,
-    out_dtype: torch.dtype,
+    out_dtype: Dtype,
     counted: bool,
-    arithmetic: torch.dtype | None = None,
+    arithmetic: Dtype | None = None,
     run_elements: int | None = None,
     piece_elements: int | None = None,
     compiled: bool = True,
-) -> Tensor | RoundingLoss | None:
+) -> StoredTensor | RoundingLoss | None:
     """Merge one tensor into the places that the caller names, run by run; otherwise as `combine`.
 
     Args:
@@ -124,24 +151,24 @@ def combine_in_runs(
         that was not counted.
     """
     complete = method.complete(values, len(models), f"tensor {context.name}")
-    _check_count(method, base, len(models), context)
+    _check_count(method, base is not None, len(models), context)
     if method.placed is not None:
         complete = method.placed(complete, context)
-    if method.base == "unused":
-        base = None
-    _check_shapes(base, models, context)
-    if not models[0].is_floating_point():
-        return _agreed_buffer(base, models, context)
-    source = None if method.copy_of is None else method.copy_of(complete, len(models), base is not None)
+    given = None if base is None or method.base == "unused" else _described(base, "base", context)
+    stored = tuple(_described(model, position, context) for position, model in enumerate(models))
+    _check_shapes(given, stored, context)
+    if not stored[0].dtype.is_floating_point:
+        return _agreed_buffer(given, stored, context)
+    source = None if method.copy_of is None else method.copy_of(complete, len(stored), given is not None)
     if source is not None:
-        return _copied(base, models, source, context)
-    arithmetic = arithmetic or arithmetic_dtype(dtypes_of(base, *models), out_dtype)
-    out = _Output(place, out_dtype, counted and is_lossy(arithmetic, out_dtype), run_elements or models[0].numel())
-    if not models[0].numel():
+        return _copied(given, stored, source, context)
+    arithmetic = arithmetic or arithmetic_dtype(dtypes_of(given, *stored), out_dtype)
+    out = _Output(place, out_dtype, counted and is_lossy(arithmetic, out_dtype), run_elements or stored[0].numel)
+    if not stored[0].numel:
         place(0, 0)
         return out.nothing_lost
     keywords = {("lambda_" if name == "lambda" else name): value for name, value in complete.items()}
-    operands = Operands(base, tuple(models), context, piece_elements, method.whole_rows, arithmetic)
+    operands = Operands(given, stored, context, piece_elements, method.whole_rows, arithmetic)
     if method.measure is not None:
         keywords["measured"] = method.measure(operands, complete, context)
     if not method.elementwise:
@@ -156,7 +183,7 @@ class _Output:
     """Where a result goes, in what dtype, whether losses are counted, and in runs of how many elements at most."""
 
     place: Place
-    dtype: torch.dtype
+    dtype: Dtype
     counted: bool
     run_elements: int
 
@@ -169,7 +196,7 @@ class _Output:
         loss = RoundingLoss()
         for first in range(0, values.numel(), self.run_elements):
             run = slice(first, min(first + self.run_elements, values.numel()))
-            placed = self.place(begin + run.start, begin + run.stop)
+            placed = self.place(begin + run.start, begin + run.stop).tensor
             if self.counted:
                 loss += rounded_and_counted(values[run], start[run], placed)
             else:
@@ -193,21 +220,21 @@ def _run(
     return loss if out.counted else None
 
 
-def _nowhere(dtype: torch.dtype) -> Place:
-    return lambda begin, end: torch.empty(end - begin, dtype=dtype)
+def _nowhere(dtype: Dtype) -> Place:
+    return lambda begin, end: StoredTensor.of(torch.empty(end - begin, dtype=dtype.torch_dtype))
 
 
 def _fits(operands: Operands, out: _Output) -> bool:
-    inputs = operands.models if operands.base is None else (operands.base, *operands.models)
+    if operands.arithmetic != Dtype.FLOAT32 or out.dtype not in LOOP_CODES:
+        return False
     # A row that is longer than a run would have to be ranked again for every run.
-    stored = all(map(fits, inputs)) and out.dtype in STORED_CODES and operands.row_elements <= out.run_elements
-    return stored and operands.arithmetic == torch.float32
+    return all(stored.loop_place for stored in operands.inputs) and operands.row_elements <= out.run_elements
 
 
 def _stream(method: Method, operands: Operands, keywords: dict[str, Any], out: _Output) -> RoundingLoss | None:
     context = operands.context
     first = operands.models[0] if operands.base is None else operands.base
-    flat, loss = first.reshape(-1), RoundingLoss()
+    flat, loss = first.tensor.reshape(-1), RoundingLoss()
     for begin, base, models in operands.pieces():
         merged = method.function(base, models, context=replace(context, offset=begin), **keywords)
         loss += out.put(merged, begin, flat[begin : begin + merged.numel()], method, context)
@@ -225,21 +252,31 @@ def _whole(method: Method, operands: Operands, keywords: dict[str, Any], out: _O
             remedy="Report this to the author of the method.",
         )
     first = operands.models[0] if operands.base is None else operands.base
-    loss = out.put(merged.reshape(-1), 0, first.reshape(-1), method, context)
+    loss = out.put(merged.reshape(-1), 0, first.tensor.reshape(-1), method, context)
     return loss if out.counted else None
 
 
-def _copied(base: Tensor | None, models: Sequence[Tensor], source: Source, context: TensorContext) -> Tensor:
-    tensor = base if source == "base" else models[source]
-    assert tensor is not None
-    refuse_non_finite(tensor, source, context)
-    return tensor
+def _described(tensor: Tensor | StoredTensor, source: Source, context: TensorContext) -> StoredTensor:
+    try:
+        return StoredTensor.of(tensor)
+    except ValueError:
+        raise _unmergeable(str(tensor.dtype), source, context) from None
 
 
-def _agreed_buffer(base: Tensor | None, models: Sequence[Tensor], context: TensorContext) -> Tensor:
+def _copied(
+    base: StoredTensor | None, models: Sequence[StoredTensor], source: Source, context: TensorContext
+) -> StoredTensor:
+    stored = base if source == "base" else models[source]
+    assert stored is not None
+    if not stored.is_on_cpu or not stored.is_finite:
+        refuse_non_finite(stored.tensor, source, context)
+    return stored
+
+
+def _agreed_buffer(base: StoredTensor | None, models: Sequence[StoredTensor], context: TensorContext) -> StoredTensor:
     first = models[0] if base is None else base
     for position, model in enumerate(models):
-        if model.dtype != first.dtype or not torch.equal(model, first):
+        if not model.is_same_as(first):
             raise InputError(
                 f"{context.label(position)} disagrees with {context.label('base' if base is not None else 0)} on a "
                 f"buffer of {first.dtype}, which cannot be merged",
@@ -249,9 +286,9 @@ def _agreed_buffer(base: Tensor | None, models: Sequence[Tensor], context: Tenso
     return first
 
 
-def _check_count(method: Method, base: Tensor | None, count: int, context: TensorContext) -> None:
+def _check_count(method: Method, base_given: bool, count: int, context: TensorContext) -> None:
     where = f"method {method.name}, tensor {context.name}"
-    if method.base == "required" and base is None:
+    if method.base == "required" and not base_given:
         raise InputError(f"'{method.name}' needs a base", where=where, remedy="Name the base model.")
     if count < method.min_models or (method.max_models is not None and count > method.max_models):
         if method.max_models is None:
@@ -267,25 +304,28 @@ def _check_count(method: Method, base: Tensor | None, count: int, context: Tenso
         )
 
 
-def _check_shapes(base: Tensor | None, models: Sequence[Tensor], context: TensorContext) -> None:
-    inputs: list[tuple[Source, Tensor]] = [] if base is None else [("base", base)]
+def _check_shapes(base: StoredTensor | None, models: Sequence[StoredTensor], context: TensorContext) -> None:
+    inputs: list[tuple[Source, StoredTensor]] = [] if base is None else [("base", base)]
     inputs += list(enumerate(models))
     first_source, first = inputs[0]
     for source, tensor in inputs:
         if tensor.shape != first.shape:
             raise InputError(
-                f"{context.label(source)} has shape {tuple(tensor.shape)}, "
-                f"{context.label(first_source)} has {tuple(first.shape)}",
+                f"{context.label(source)} has shape {tensor.shape}, {context.label(first_source)} has {first.shape}",
                 where=f"tensor {context.name}",
                 remedy="Merge checkpoints of one architecture and one vocabulary.",
             )
-        mixed = tensor.is_floating_point() != first.is_floating_point()
-        if mixed or tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in MERGED_DTYPES):
-            raise InputError(
-                f"{context.label(source)} stores {tensor.dtype}, which cannot be merged here",
-                where=f"tensor {context.name}",
-                remedy="Convert the checkpoint to float32, bfloat16 or float16 first (dequantize it if need be).",
-            )
+        mixed = tensor.dtype.is_floating_point != first.dtype.is_floating_point
+        if mixed or (tensor.dtype.is_floating_point and tensor.dtype not in MERGED_DTYPES):
+            raise _unmergeable(tensor.dtype, source, context)
+
+
+def _unmergeable(dtype: str, source: Source, context: TensorContext) -> InputError:
+    return InputError(
+        f"{context.label(source)} stores {dtype}, which cannot be merged here",
+        where=f"tensor {context.name}",
+        remedy="Convert the checkpoint to float32, bfloat16 or float16 first (dequantize it if need be).",
+    )
 
 
 def _refuse_overflow(merged: Tensor, method: Method, context: TensorContext) -> None:

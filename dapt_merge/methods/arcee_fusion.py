@@ -8,15 +8,16 @@ follows from the quartiles, which are exact here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dapt_merge.methods.contract import TensorContext, Values
 from dapt_merge.methods.pieces import Operands, row_sums
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.selection import magnitudes_of_rank
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_PROBABILITY = 1e-8  # added to every probability, as mergekit does
 OUTLIER_RANGES = 1.5  # interquartile ranges above the median at which outliers begin

@@ -7,10 +7,7 @@ dropped, also at density 1: the outliers are what this method distrusts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.dare import linear_copy, summed_in_one_pass
@@ -40,6 +37,10 @@ from dapt_merge.methods.ties import (
     normalizes,
     taking_part,
 )
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAMMA = Parameter(
     "gamma", 0.01, "share of the largest elements of each task vector that is dropped", per_model=True, low=0, high=1

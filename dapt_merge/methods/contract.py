@@ -23,11 +23,11 @@ from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from torch import Tensor
-
 from dapt_merge.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dapt_merge.methods.fused import Fused
     from dapt_merge.methods.selection import Cutoff
 

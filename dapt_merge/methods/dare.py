@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import AtRandom, TaskVectorSum, Thinning
@@ -41,6 +38,10 @@ from dapt_merge.methods.ties import (
     normalizes,
     taking_part,
 )
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESCALE = Parameter(
     "rescale",

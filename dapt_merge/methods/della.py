@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, TensorContext, Values
@@ -33,6 +32,10 @@ from dapt_merge.methods.ties import (
     normalizes,
     taking_part,
 )
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = Parameter(
     "epsilon",
@@ -78,17 +81,17 @@ def keep_probabilities(delta: Tensor, row_elements: int, density: float, epsilon
     probabilities = torch.full(shape, density, dtype=torch.float64, device=delta.device)
     if row_elements > 1 and epsilon > 0:
         order = delta.view(-1, row_elements).abs().sort(dim=1, descending=True, stable=True).indices
-        by_rank = _probabilities_by_rank(row_elements, density, epsilon).to(delta.device)
+        by_rank = torch.from_numpy(_probabilities_by_rank(row_elements, density, epsilon)).to(delta.device)
         probabilities.scatter_(1, order, by_rank.expand_as(order))
     return probabilities.view(-1)
 
 
-def _probabilities_by_rank(row_elements: int, density: float, epsilon: float) -> Tensor:
+def _probabilities_by_rank(row_elements: int, density: float, epsilon: float) -> np.ndarray:
     """Return the probabilities of a row, that of its largest magnitude first: float64 [row_elements]."""
     if row_elements == 1 or not epsilon:
-        return torch.full((row_elements,), density, dtype=torch.float64)
-    ranks = torch.arange(row_elements, dtype=torch.float64)
-    return (1 - ranks.mul_(2 / (row_elements - 1))).mul_(epsilon).add_(density).clamp_max_(1)
+        return np.full(row_elements, density)
+    ranks = np.arange(row_elements, dtype=np.float64)
+    return np.minimum((1 - ranks * (2 / (row_elements - 1))) * epsilon + density, 1)
 
 
 def _check(values: Values, where: str) -> None:

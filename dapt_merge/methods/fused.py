@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dapt_merge.methods.masks import keep_limits, mask_keys
 from dapt_merge.methods.rounding_loss import RoundingLoss
 from dapt_merge.methods.selection import Cutoff
-from dapt_merge.methods.stored import place_of
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.stored import StoredTensor, loop_place_of
 
 if TYPE_CHECKING:
     from dapt_merge.methods.pieces import Operands
@@ -52,7 +51,7 @@ class ByRank:
     What stays is multiplied with `factor`, or where that is None divided by its probability.
     """
 
-    probabilities: Tensor  # float64 [row_elements]
+    probabilities: np.ndarray  # float64 [row_elements]
     stream: int
     factor: float | None
 
@@ -88,15 +87,15 @@ class Program:
 
     Args:
         fused: what to do.
-        operands: the inputs; all of them fit (see `stored.fits`).
+        operands: the inputs; all of them have a `loop_place`.
     """
 
     def __init__(self, fused: Fused, operands: Operands) -> None:
-        self._inputs = operands.models if operands.base is None else (operands.base, *operands.models)
-        places = np.array([place_of(tensor) for tensor in self._inputs], np.int64)
+        self._inputs = operands.inputs  # the addresses are only good while these live
+        places = np.array([loop_place_of(stored) for stored in self._inputs], np.int64)
         self._addresses, self._codes = places[:, 0].copy(), places[:, 1].copy()
         self._packed = _packed(fused, operands)
-        in_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in self._inputs)
+        in_bfloat16 = all(stored.dtype == Dtype.BFLOAT16 for stored in self._inputs)
         self._two_of_bfloat16 = (
             isinstance(fused, InputSum) and len(self._inputs) == 2 and in_bfloat16 and 0 not in fused.coefficients
         )
@@ -105,12 +104,12 @@ class Program:
         """Return how many elements to ask for at a time: `at_most`, or as many as make whole rows."""
         return at_most // self._packed.row * self._packed.row
 
-    def carry_out(self, begin: int, out: Tensor) -> RoundingLoss | None:
+    def carry_out(self, begin: int, out: StoredTensor) -> RoundingLoss | None:
         """Merge the elements from `begin` on (at the start of a row, where rows matter) into `out`.
 
         Args:
             begin: index in the flattened tensor.
-            out: 1-d, fits; gets the results, rounded to nearest.
+            out: 1-d, with a `loop_place`; gets the results, rounded to nearest.
 
         Returns:
             What rounding lost (of a 16-bit output, else zeros); None where an input or a result is NaN or infinite.
@@ -118,15 +117,15 @@ class Program:
         finite, updated, lost = self._merge(begin, out)
         return RoundingLoss(updated, lost) if finite else None
 
-    def _merge(self, begin: int, out: Tensor) -> tuple[bool, int, int]:
+    def _merge(self, begin: int, out: StoredTensor) -> tuple[bool, int, int]:
         from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
 
-        arguments, (address, code), row = self._packed.arguments, place_of(out), self._packed.row
+        arguments, (address, code), row = self._packed.arguments, loop_place_of(out), self._packed.row
         if code == kernels.BFLOAT16 and self._two_of_bfloat16:
-            return kernels.merge_two_of_bfloat16(self._addresses, begin, out.numel(), address, *arguments)
+            return kernels.merge_two_of_bfloat16(self._addresses, begin, out.numel, address, *arguments)
         merge = kernels.merge_inputs if self._packed.of_inputs else kernels.merge_task_vectors
         run = row * max(1, kernels.RUN_ELEMENTS // row)
-        return merge(self._addresses, self._codes, begin, out.numel(), address, code, run, *arguments)
+        return merge(self._addresses, self._codes, begin, out.numel, address, code, run, *arguments)
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,8 @@ def _packed(fused: Fused, operands: Operands) -> _Packed:
                 kinds[place, 2] = thinning.factor is None
                 assert limits is not None
                 assert probabilities is not None
-                limits[place] = (keep_limits(thinning.probabilities) - 1).numpy()
-                probabilities[place] = thinning.probabilities.float().numpy()
+                limits[place] = keep_limits(thinning.probabilities) - 1
+                probabilities[place] = thinning.probabilities
         if thinning.factor is not None:
             factors[place] = thinning.factor
     arguments = (

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.pieces import Operands, partial_sums, row_sums
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Nearer to parallel an arc is its chord; nearer to opposite, which way it goes is rounding. Far above the error of a
 # float64 cosine, far below what float32 inputs resolve.

@@ -11,11 +11,14 @@ this module does not know: what is masked.
 from __future__ import annotations
 
 import hashlib
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LOW_32 = 0xFFFFFFFF
 # Wellons' "lowbias32" integer hash (public domain). The second multiplier is taken modulo 2³² as a negative number,
@@ -53,14 +56,14 @@ def keep_mask(
         >>> torch.equal(whole[40:], keep_mask(0, "w", 0, start=40, count=60, probability=0.5))
         True
     """
-    limit = keep_limits(probability)
+    limit = keep_limits(probability) if isinstance(probability, int | float) else _limits_in_torch(probability)
     kept = torch.empty(count, dtype=torch.bool, device=device)
     done = 0
     while done < count:
         high, low = divmod(start + done, 1 << 32)
         lanes = min(_LANES, count - done, (1 << 32) - low)
         hashed = _hashed(low, lanes, _key(seed, name, stream, high), device)
-        below = limit[done : done + lanes] if isinstance(limit, Tensor) else limit
+        below = limit if isinstance(limit, int) else limit[done : done + lanes]
         torch.lt(hashed, below, out=kept[done : done + lanes])
         done += lanes
     return kept
@@ -69,13 +72,17 @@ def keep_mask(
 @overload
 def keep_limits(probability: float) -> int: ...
 @overload
-def keep_limits(probability: Tensor) -> Tensor: ...
-def keep_limits(probability: float | Tensor) -> int | Tensor:
+def keep_limits(probability: np.ndarray) -> np.ndarray: ...
+def keep_limits(probability: float | np.ndarray) -> int | np.ndarray:
     """Return the hash value below which an element is kept: in [1, 2³²], or 0 where the probability is 0."""
-    if isinstance(probability, Tensor):
-        limits = (probability.double() * (1 << 32)).round_().to(torch.int64)
-        return torch.where(probability > 0, limits.clamp_min_(1), 0)
-    return max(1, round(probability * (1 << 32))) if probability > 0 else 0
+    limits = np.where(np.greater(probability, 0), np.rint(np.multiply(probability, 1 << 32)).clip(1), 0)
+    return limits.astype(np.int64) if isinstance(probability, np.ndarray) else int(limits)
+
+
+def _limits_in_torch(probability: Tensor) -> Tensor:
+    """Return what `keep_limits` does, on the device of the probabilities."""
+    limits = (probability.double() * (1 << 32)).round_().to(torch.int64)
+    return torch.where(probability > 0, limits.clamp_min_(1), 0)
 
 
 def mask_keys(seed: int, name: str, stream: int, count: int) -> np.ndarray:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dapt_merge.methods.averaging import affine_combination
 from dapt_merge.methods.contract import Parameter, TensorContext, Values
 from dapt_merge.methods.inner_products import gram_matrix
 from dapt_merge.methods.pieces import Operands, row_sums
 from dapt_merge.methods.registry import method
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Ratios(NamedTuple):
@@ -59,7 +60,7 @@ def _ratios(operands: Operands, values: Values, context: TensorContext) -> _Rati
         context.notes["t"] = float(ratios.mean())
         if not bool(ratios.any()):
             _note_base(context)
-        return _Ratios(ratios.to(operands.arithmetic), operands.row_elements)
+        return _Ratios(ratios.to(operands.arithmetic.torch_dtype), operands.row_elements)
     cosine = _cosines(gram_matrix(operands))
     ratio = float(interpolation_ratio(cosine, count))
     context.notes["t"] = ratio
@@ -101,7 +102,7 @@ def model_stock(
     one angle between them; n: the mean over all pairs; one has no angle and is refused.
     """
     count = len(models)
-    if not isinstance(measured.ratio, Tensor):
+    if isinstance(measured.ratio, float):
         step = measured.ratio / count
         return affine_combination([base, *models], [1 - measured.ratio, *[step] * count])
     first_row, rows = context.offset // measured.row_elements, base.numel() // measured.row_elements

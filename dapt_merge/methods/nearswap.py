@@ -6,12 +6,14 @@ The idea: no element moves further than t. That is all: small changes come over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.registry import method
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:

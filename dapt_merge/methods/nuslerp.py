@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.inner_products import SMALLEST_SINE, gram_matrix, row_inner_products
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.spherical import SMALLEST_NORM
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SMALLEST_SUM = 1e-6
 
@@ -41,7 +43,7 @@ class ArcFactors:
 
     def at(self, offset: int, count: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
         """Return `second` and `excess` of `count` elements of the flattened tensor, from `offset` on."""
-        if not isinstance(self.second, Tensor) or not isinstance(self.excess, Tensor):
+        if isinstance(self.second, float) or isinstance(self.excess, float):
             return self.second, self.excess
         elements = torch.arange(offset, offset + count, device=device)
         owner = elements.div_(self.run, rounding_mode="floor") if self.run else elements.remainder_(self.vectors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from dapt_merge.tensors.lazy_torch import torch
 
 
 @contextmanager

@@ -6,11 +6,13 @@ Nothing is merged, so the copy is the input bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.registry import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _copy_of(values: Values, count: int, base_given: bool) -> Source | None:

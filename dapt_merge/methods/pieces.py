@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Source, TensorContext
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE_ELEMENTS = 1 << 18  # 1 MiB of float32 per operand: the fastest of 2¹⁵…2²⁰ where it was tried
 ACCELERATOR_PIECE_ELEMENTS = 1 << 26  # there launches cost more than memory traffic; 256 MiB per operand
@@ -37,12 +40,12 @@ class Operands:
     `arithmetic` is what they are converted to to be computed with: float32, or float64 (see `arithmetic_dtype`).
     """
 
-    base: Tensor | None
-    models: tuple[Tensor, ...]
+    base: StoredTensor | None
+    models: tuple[StoredTensor, ...]
     context: TensorContext
     piece_elements: int | None = None
     whole_rows: bool = False
-    arithmetic: torch.dtype = torch.float32
+    arithmetic: Dtype = Dtype.FLOAT32
 
     def __post_init__(self) -> None:
         if self.piece_elements is not None and self.piece_elements % _SUM_ROW_ELEMENTS:
@@ -53,7 +56,7 @@ class Operands:
     @property
     def numel(self) -> int:
         """Number of elements of the merged tensor."""
-        return self.models[0].numel()
+        return self.models[0].numel
 
     @property
     def row_elements(self) -> int:
@@ -61,14 +64,19 @@ class Operands:
         shape = self.models[0].shape
         return shape[-1] if self.whole_rows and shape else 1
 
+    @property
+    def inputs(self) -> tuple[StoredTensor, ...]:
+        """The base, if there is one, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
     def whole(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Return base and models as full tensors of the arithmetic's dtype (the inputs themselves where they have it).
 
         Raises:
             InputError: as for `pieces`.
         """
-        base = None if self.base is None else self._widened(self.base, "base")
-        return base, tuple(self._widened(model, position) for position, model in enumerate(self.models))
+        base = None if self.base is None else self._widened(self.base.tensor, "base")
+        return base, tuple(self._widened(model.tensor, position) for position, model in enumerate(self.models))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the tensor in order, every input converted to the arithmetic's dtype.
@@ -76,8 +84,8 @@ class Operands:
         Raises:
             InputError: a value is NaN or infinite; the error names the tensor and the checkpoint.
         """
-        base = None if self.base is None else self.base.reshape(-1)
-        models = [model.reshape(-1) for model in self.models]
+        base = None if self.base is None else self.base.tensor.reshape(-1)
+        models = [model.tensor.reshape(-1) for model in self.models]
         for run in self._runs():
             yield Piece(
                 run.start,
@@ -88,34 +96,34 @@ class Operands:
     def deltas(self, position: int) -> Iterator[Tensor]:
         """Yield the task vector δ = θᵢ − θ₀ of one model, piece by piece; the pieces are the caller's to overwrite."""
         assert self.base is not None
-        base, model = self.base.reshape(-1), self.models[position].reshape(-1)
+        base, model = self.base.tensor.reshape(-1), self.models[position].tensor.reshape(-1)
         for run in self._runs():
             yield torch.sub(self._widened(model[run], position), self._widened(base[run], "base"))
 
     def _runs(self) -> Iterator[slice]:
-        default = PIECE_ELEMENTS if self.models[0].device.type == "cpu" else ACCELERATOR_PIECE_ELEMENTS
+        default = PIECE_ELEMENTS if self.models[0].is_on_cpu else ACCELERATOR_PIECE_ELEMENTS
         # Borders fall between the groups that `partial_sums` adds up, whatever the piece size.
         group = _group_elements(self.row_elements)
         elements = max(1, (self.piece_elements or default) // group) * group
         return (slice(start, start + elements) for start in range(0, self.numel, elements))
 
     def _widened(self, run: Tensor, source: Source) -> Tensor:
-        values = run.to(self.arithmetic)
+        values = run.to(self.arithmetic.torch_dtype)
         refuse_non_finite(values, source, self.context)  # after the conversion, which a float64 can overflow
         return values
 
 
-def arithmetic_dtype(inputs: Iterable[torch.dtype], out_dtype: torch.dtype) -> torch.dtype:
+def arithmetic_dtype(inputs: Iterable[Dtype], out_dtype: Dtype) -> Dtype:
     """Return what a merge computes in unless told: float64 where an input or the output holds that much, else float32.
 
     Example:
-        >>> arithmetic_dtype([torch.bfloat16, torch.float32], torch.bfloat16)
-        torch.float32
+        >>> arithmetic_dtype([Dtype.BFLOAT16, Dtype.FLOAT32], Dtype.BFLOAT16)
+        <Dtype.FLOAT32: 'float32'>
     """
-    return torch.float64 if torch.float64 in (out_dtype, *inputs) else torch.float32
+    return Dtype.FLOAT64 if Dtype.FLOAT64 in (out_dtype, *inputs) else Dtype.FLOAT32
 
 
-def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype]:
+def dtypes_of(*tensors: StoredTensor | None) -> list[Dtype]:
     """Return the dtypes of the tensors that there are."""
     return [tensor.dtype for tensor in tensors if tensor is not None]
 

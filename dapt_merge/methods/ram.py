@@ -8,13 +8,15 @@ strengthens the unique changes of a model that shares much.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = Parameter("epsilon", 1e-5, "a change of at most this, in units of the weights, counts as none", low=0)
 

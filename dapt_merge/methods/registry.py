@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.methods.contract import Method, Parameter, Source, Values
 from dapt_merge.methods.fused import Fused
 from dapt_merge.methods.lines import combinations
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENTRY_POINT_GROUP = "dapt_merge.methods"
 _BUILT_IN = (
@@ -45,7 +46,7 @@ _BUILT_IN = (
 _methods: dict[str, Method] = {}
 _loaded = False
 
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound="Callable[..., Tensor]")
 
 
 def method(

@@ -8,9 +8,7 @@ directions each model uses, and there each model keeps its say. They come from a
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.averaging import affine_combination
@@ -18,6 +16,10 @@ from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.pieces import is_finite
 from dapt_merge.methods.registry import method
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _RIDGE = 1e-6
 _HELD = "the text left directions unused; they were held at the mean"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.contract import Parameter
 from dapt_merge.methods.pieces import Operands, partial_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # For methods that choose what they keep; those that draw it divide by the probability unless told otherwise.
 RESCALE_SELECTED = Parameter(

@@ -7,10 +7,14 @@ is counted while the exact value is still there. What this module does not know:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from dapt_merge.tensors.dtypes import Dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE_ELEMENTS = 1 << 18
 
@@ -31,16 +35,16 @@ class RoundingLoss:
         return self.lost / self.updated if self.updated else 0.0
 
 
-def is_lossy(exact: torch.dtype, out: torch.dtype) -> bool:
+def is_lossy(exact: Dtype, out: Dtype) -> bool:
     """Say whether rounding from one floating dtype to another can swallow updates: it is narrower, float32 included.
 
     Example:
-        >>> is_lossy(torch.float32, torch.bfloat16), is_lossy(torch.bfloat16, torch.float16)
+        >>> is_lossy(Dtype.FLOAT32, Dtype.BFLOAT16), is_lossy(Dtype.BFLOAT16, Dtype.FLOAT16)
         (True, True)
-        >>> is_lossy(torch.float64, torch.float32), is_lossy(torch.float32, torch.float64)
+        >>> is_lossy(Dtype.FLOAT64, Dtype.FLOAT32), is_lossy(Dtype.FLOAT32, Dtype.FLOAT64)
         (True, False)
     """
-    return out.is_floating_point and out.itemsize < max(exact.itemsize, torch.float32.itemsize)
+    return out.is_floating_point and out.itemsize < max(exact.itemsize, Dtype.FLOAT32.itemsize)
 
 
 def rounded_and_counted(values: Tensor, start: Tensor, out: Tensor) -> RoundingLoss:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.pieces import Operands, partial_sums
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.selection import Cutoff, find_cutoff, kept_count, kept_mask
 from dapt_merge.methods.ties import merge_elected
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _Selection(NamedTuple):

@@ -15,13 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
-_ABOVE_ALL = {torch.float32: 1 << 31, torch.float64: 1 << 63}  # the sign bit of a magnitude is 0
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ABOVE_ALL = {Dtype.FLOAT32: 1 << 31, Dtype.FLOAT64: 1 << 63}  # the sign bit of a magnitude is 0
 _SAMPLED = 1 << 14  # at most, and at most one of so many:
 _SAMPLED_OF = 100
 _FEW = 1 << 16  # so many are always looked at together; of larger tensors, so large a share:
@@ -45,7 +49,7 @@ class Magnitudes(Protocol):
     """Magnitudes in a fixed order, as the bit patterns of their dtype, which are ordered like the numbers."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         """The dtype of the values: float32, with patterns in uint32, or float64, with patterns in uint64."""
 
     def sample(self, size: int) -> np.ndarray:
@@ -65,7 +69,7 @@ class Magnitudes(Protocol):
         """Return the index of the tie-th (from 1) that is exactly `bits`."""
 
 
-Stream: TypeAlias = Callable[[], Iterator[Tensor]]
+Stream: TypeAlias = "Callable[[], Iterator[Tensor]]"
 """Gives the values from the start each time it is called, in 1-d pieces of one dtype that may be overwritten."""
 
 
@@ -109,7 +113,7 @@ def magnitudes_of_rank(values: Stream | Magnitudes, ranks: Sequence[int]) -> lis
         [5.0, 1.0]
     """
     magnitudes = _Streamed(values) if callable(values) else values
-    pattern, number = (np.uint64, np.float64) if magnitudes.dtype == torch.float64 else (np.uint32, np.float32)
+    pattern, number = (np.uint64, np.float64) if magnitudes.dtype == Dtype.FLOAT64 else (np.uint32, np.float32)
     bits = [border.magnitude_bits for border in _borders(magnitudes, ranks)]
     return [float(value) for value in np.array(bits, pattern).view(number)]
 
@@ -208,10 +212,10 @@ class _Streamed:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self.elements = 0
-        self.dtype = torch.float32
+        self.dtype = Dtype.FLOAT32
         for piece in stream():
             self.elements += piece.numel()
-            self.dtype = piece.dtype
+            self.dtype = Dtype.of(piece.dtype)
 
     def sample(self, size: int) -> np.ndarray:
         step = max(1, self.elements // size)

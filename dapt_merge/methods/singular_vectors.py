@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.errors import DaptMergeError
 from dapt_merge.methods.averaging import affine_combination
@@ -24,6 +22,10 @@ from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.one_thread import one_thread
 from dapt_merge.methods.registry import method
 from dapt_merge.methods.task_arithmetic import LAMBDA
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMON_FRACTION = Parameter(
     "common_fraction", 0.8, "share of the directions taken from the sum of all δ", low=0, high=1

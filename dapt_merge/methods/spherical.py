@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from dapt_merge.methods.averaging import affine_combination, weighted_sum
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import InputSum
 from dapt_merge.methods.pieces import Operands, partial_sums
 from dapt_merge.methods.registry import method
-from dapt_merge.methods.stored import fits, place_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST_NORM = 1e-8  # a shorter vector has no direction to speak of
 
@@ -35,11 +37,11 @@ def _cosine(operands: Operands) -> float | None:
 def _products(operands: Operands) -> Sequence[Sequence[float]]:
     """Return what Σθ₀θ₁, Σθ₀² and Σθ₁² are the sums of: float64, over short fixed runs of elements."""
     base, (model,) = operands.base, operands.models
-    if base is not None and fits(base) and fits(model):
+    if base is not None and base.loop_place and model.loop_place:
         from dapt_merge.methods import kernels  # compiled loops are only loaded by merges that use them
 
         sums = np.empty((3, -(-operands.numel // kernels.SUMMED)))
-        if kernels.products(*place_of(base), *place_of(model), operands.numel, sums):
+        if kernels.products(*base.loop_place, *model.loop_place, operands.numel, sums):
             return sums.tolist()  # type: ignore[no-any-return]
     squares_base: list[float] = []
     squares_model: list[float] = []

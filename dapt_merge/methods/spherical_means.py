@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.inner_products import SMALLEST_SINE, gram_matrix, linear_combination
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _shares(weight: Sequence[float], normalize: bool, context: TensorContext) -> Tensor:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.selection import Magnitudes, Stream
-from dapt_merge.methods.stored import fits, place_of
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.stored import StoredTensor, loop_place_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CLUMP = 16  # elements that are sampled side by side: they cost one access to memory
 
@@ -31,21 +34,21 @@ def delta_magnitudes(tensors: Sequence[Operands], position: int) -> Stream | Mag
     def stream() -> Iterator[Tensor]:
         return chain.from_iterable(operands.deltas(position) for operands in tensors)
 
-    stored = [(base, model) for base, model in pairs if base is not None and fits(base) and fits(model)]
-    if len(stored) < len(pairs) or any(operands.arithmetic != torch.float32 for operands in tensors):
+    fitting = [(base, model) for base, model in pairs if base is not None and base.loop_place and model.loop_place]
+    if len(fitting) < len(pairs) or any(operands.arithmetic != Dtype.FLOAT32 for operands in tensors):
         return stream
-    return _StoredDeltas(stored)
+    return _StoredDeltas(fitting)
 
 
 class _StoredDeltas:
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[StoredTensor, StoredTensor]]) -> None:
         from dapt_merge.methods import kernels
 
         self._kernels = kernels
-        self.dtype = torch.float32
+        self.dtype = Dtype.FLOAT32
         self._tensors = pairs  # the addresses are only good while these live
-        self._places = [(*place_of(base), *place_of(model), base.numel()) for base, model in pairs]
-        self.elements = sum(base.numel() for base, _ in pairs)
+        self._places = [(*loop_place_of(base), *loop_place_of(model), base.numel) for base, model in pairs]
+        self.elements = sum(base.numel for base, _ in pairs)
 
     def sample(self, size: int) -> np.ndarray:
         step = max(_CLUMP, self.elements // size * _CLUMP)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.methods.averaging import affine_combination
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
 from dapt_merge.methods.fused import InputSum
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT = Parameter("weight", None, "scale of each task vector", per_model=True)
 LAMBDA = Parameter("lambda", 1.0, "scale of the merged task vector")

@@ -8,10 +8,7 @@ nothing to elect, and TIES is task arithmetic on the trimmed task vector.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dapt_merge.errors import InputError
 from dapt_merge.methods.contract import Parameter, Source, TensorContext, Values
@@ -22,6 +19,10 @@ from dapt_merge.methods.rescaling import RESCALE_SELECTED, l1_ratio, restores_l1
 from dapt_merge.methods.selection import Cutoff, find_cutoff, find_cutoffs, kept_count, kept_mask
 from dapt_merge.methods.stored_deltas import delta_magnitudes
 from dapt_merge.methods.task_arithmetic import LAMBDA, WEIGHT, cancelled_weight, input_copied, zeroed
+from dapt_merge.tensors.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DENSITY = Parameter("density", 1.0, "share of the elements of each task vector that is kept", True, low=0, high=1)
 NORMALIZE = Parameter(

@@ -15,6 +15,7 @@ import torch
 from dapt_merge.checkpoints import CheckpointWriter, TensorInfo, copy_companions, open_checkpoint
 from dapt_merge.errors import InputError, nearest
 from dapt_merge.pretraining.config import AdapterConfig
+from dapt_merge.tensors.dtypes import Dtype
 
 
 def add_adapter(model: Any, config: AdapterConfig, *, base: str, seed: int) -> Any:
@@ -63,12 +64,12 @@ def write_merged(base: str, adapter: Path, folder: Path) -> None:
     infos = [_in_float32(info) for info in merged.tensors.values()]
     with CheckpointWriter(folder, infos) as writer:
         for info in infos:
-            writer.write(info.name, merged.read(info.name).to(info.dtype))
-    copy_companions(merged, folder, torch.float32)
+            writer.write(info.name, merged.read(info.name).to(info.dtype.torch_dtype))
+    copy_companions(merged, folder, Dtype.FLOAT32)
 
 
 def _in_float32(info: TensorInfo) -> TensorInfo:
-    dtype = torch.float32 if info.dtype.is_floating_point else info.dtype
+    dtype = Dtype.FLOAT32 if info.dtype.is_floating_point else info.dtype
     return TensorInfo(info.name, dtype, info.shape, math.prod(info.shape) * dtype.itemsize)
 
 

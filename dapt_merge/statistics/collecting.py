@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dapt_merge.checkpoints.naming import canonical_names
@@ -30,6 +29,7 @@ from dapt_merge.corpus.reading import bytes_of, content_fingerprint, read_source
 from dapt_merge.corpus.tokens import encoded_documents
 from dapt_merge.errors import DaptMergeError, InputError, nearest
 from dapt_merge.statistics.files import KINDS, read_unfinished, write_unfinished
+from dapt_merge.tensors.lazy_torch import torch
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 _SECONDS_BETWEEN_KEEPING = 60.0

@@ -11,12 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dapt_merge.atomic import atomic_file
+from dapt_merge.checkpoints.files import MappedFile
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "dapt-merge statistics 1"
 KINDS = {
@@ -35,7 +38,7 @@ class Statistics:
         model: the content fingerprint of the weights that it was collected from.
         about: everything that the header says.
         shapes: tensor name → shape.
-        stored: tensor name → the name that its numbers are stored under.
+        places: tensor name → the name that its numbers are stored under.
     """
 
     path: Path
@@ -43,13 +46,12 @@ class Statistics:
     model: str
     about: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    stored: Mapping[str, str]
-    _handle: Any = field(repr=False)
+    places: Mapping[str, str]
+    _file: MappedFile = field(repr=False)
 
-    def read(self, name: str) -> Tensor:
+    def stored(self, name: str) -> StoredTensor:
         """Return what is kept for a tensor: float32, a view into the file that must not be written to."""
-        tensor: Tensor = self._handle.get_tensor(self.stored[name])
-        return tensor
+        return self._file.stored(self.places[name])
 
 
 def open_statistics(path: str | Path, kind: str) -> Statistics:
@@ -65,19 +67,20 @@ def open_statistics(path: str | Path, kind: str) -> Statistics:
     if not path.is_file():
         raise InputError(f"there is no such statistics file ({kind})", where=path, remedy=remedy)
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
-        about = handle.metadata() or {}
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        with safe_open(path, framework="np") as handle:
+            about = handle.metadata() or {}
+        file = MappedFile(path)
+        shapes = {info.name: info.shape for info in file.tensors}
         shared = json.loads(about.get("shared", "{}"))
-        stored = {name: name for name in shapes} | {name: owner for name, owner in shared.items() if owner in shapes}
-        shapes = {name: shapes[owner] for name, owner in stored.items()}
+        places = {name: name for name in shapes} | {name: owner for name, owner in shared.items() if owner in shapes}
+        shapes = {name: shapes[owner] for name, owner in places.items()}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"the file is truncated or not safetensors ({error})", where=path, remedy=remedy) from error
     if about.get("format") != FORMAT:
         raise InputError("this safetensors file holds no statistics", where=path, remedy=remedy)
     if about.get("kind") != kind:
         raise InputError(f"the file holds '{about.get('kind')}', expected '{kind}'", where=path, remedy=remedy)
-    return Statistics(path, kind, about.get("model", ""), about, shapes, stored, handle)
+    return Statistics(path, kind, about.get("model", ""), about, shapes, places, file)
 
 
 def write_statistics(

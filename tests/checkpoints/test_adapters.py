@@ -76,7 +76,7 @@ def test_base_plus_adapter_is_what_peft_merges(case, tmp_path):
     changed = 0
     for name, info in checkpoint.tensors.items():
         tensor = checkpoint.read(name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype.torch_dtype, info.shape)
         torch.testing.assert_close(tensor, expected.read(name), rtol=1e-6, atol=1e-6)
         changed += not torch.equal(tensor, open_checkpoint(base).read(name))
     assert changed >= 1

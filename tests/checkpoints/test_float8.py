@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dapt_merge import merge, open_checkpoint
 from dapt_merge.checkpoints.float8 import dequantised
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.dtypes import Dtype
 
 UP = "model.layers.0.mlp.up_proj.weight"
 FINE_GRAINED = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -70,14 +71,14 @@ def test_every_matrix_is_what_transformers_makes_of_it(stored):
     assert set(ours.tensors) == set(theirs)
     for name, info in ours.tensors.items():
         tensor = ours.read(name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype.torch_dtype, info.shape)
         assert torch.equal(tensor.bfloat16(), theirs[name]), name
 
 
 def test_a_merge_with_a_float8_checkpoint_is_bfloat16_and_says_where_it_came_from(plain, stored, tmp_path):
     report = merge(stored, plain, "linear", weight=0.5).save(tmp_path / "out")
     written = open_checkpoint(tmp_path / "out")
-    assert written.tensors[UP].dtype == torch.bfloat16
+    assert written.tensors[UP].dtype == Dtype.BFLOAT16
     assert "quantization_config" not in written.config
     half = (open_checkpoint(stored).read(UP) + open_checkpoint(plain).read(UP)) / 2
     assert torch.equal(written.read(UP), half.bfloat16())

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from dapt_merge.checkpoints import TensorInfo, open_checkpoint
 from dapt_merge.errors import InputError
+from dapt_merge.tensors.dtypes import Dtype
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.arange(12.0).reshape(4, 3),
@@ -44,7 +45,7 @@ def test_every_stored_tensor_reads_back_bit_for_bit(tmp_path):
     assert set(checkpoint.tensors) == set(WEIGHTS)
     for name, tensor in WEIGHTS.items():
         read = checkpoint.read(name)
-        assert read.dtype == tensor.dtype == checkpoint.tensors[name].dtype
+        assert read.dtype == tensor.dtype == checkpoint.tensors[name].dtype.torch_dtype
         assert torch.equal(read, tensor)
         assert checkpoint.tensors[name].shape == tuple(tensor.shape)
         assert checkpoint.tensors[name].nbytes == tensor.numel() * tensor.itemsize
@@ -274,4 +275,4 @@ def test_reading_an_unknown_tensor_suggests_the_nearest():
 
 
 def test_tensor_info_counts_elements():
-    assert TensorInfo("w", torch.bfloat16, (3, 4), 24).elements == 12
+    assert TensorInfo("w", Dtype.BFLOAT16, (3, 4), 24).elements == 12

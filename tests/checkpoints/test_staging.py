@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dapt_merge.checkpoints import CheckpointWriter, TensorInfo, page_cache, staging
+from dapt_merge.tensors.dtypes import Dtype
 
 BYTES = 300_000
 
@@ -30,14 +31,14 @@ def written(folder, *, cached_bytes, monkeypatch, pieces=4096):
     monkeypatch.setattr(staging, "_CACHED_PIECE_BYTES", pieces)
     monkeypatch.setattr("dapt_merge.checkpoints.writer.page_cache_room", lambda: cached_bytes)
     tensors = {f"t.{index}": torch.arange(BYTES // 4 + index, dtype=torch.float32) for index in range(3)}
-    specs = [TensorInfo(name, torch.float32, tuple(t.shape), 4 * len(t)) for name, t in tensors.items()]
+    specs = [TensorInfo(name, Dtype.FLOAT32, tuple(t.shape), 4 * len(t)) for name, t in tensors.items()]
     folder.mkdir()
     with CheckpointWriter(folder, specs, flush=False) as writer:
         for name, tensor in tensors.items():
             with writer.stream(name) as stream:
                 for begin in range(0, len(tensor), 999):
                     end = min(begin + 999, len(tensor))
-                    stream.place(begin, end).copy_(tensor[begin:end])
+                    stream.place(begin, end).tensor.copy_(tensor[begin:end])
             stream.complete()
     return (folder / "model.safetensors").read_bytes(), sum(count for cached, count in ways if cached)
 

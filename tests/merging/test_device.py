@@ -9,6 +9,7 @@ from dapt_merge.errors import InputError
 from dapt_merge.merging import stream
 from dapt_merge.merging.device import Ferry, available_device
 from dapt_merge.merging.tensor import RUN_ELEMENTS
+from dapt_merge.tensors.stored import StoredTensor
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 1000)])
@@ -23,10 +24,10 @@ def test_a_tensor_arrives_whole_in_buffers_smaller_than_itself(shape, dtype):
 
 def test_results_come_home_in_order_and_complete():
     home = torch.zeros(10, dtype=torch.bfloat16)
-    with Ferry(torch.device("cpu")).returning(lambda begin, end: home[begin:end]) as place:
+    with Ferry(torch.device("cpu")).returning(lambda begin, end: StoredTensor.of(home[begin:end])) as place:
         for begin in range(0, 10, 3):
             end = min(begin + 3, 10)
-            place(begin, end).copy_(torch.arange(begin, end))
+            place(begin, end).tensor.copy_(torch.arange(begin, end))
     assert home.tolist() == list(range(10))
 
 

@@ -26,6 +26,7 @@ from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import get_method
 from dapt_merge.methods.ties import model_cutoffs
+from dapt_merge.tensors.stored import StoredTensor
 
 SEEDS = st.integers(0, 10_000)
 
@@ -216,7 +217,10 @@ def test_trimming_over_the_whole_model_keeps_the_largest_of_all_tensors(seed, de
     shapes = [(30,), (), (4, 6), (0,), (9,)]
     pairs = [draw_tensors(seed + index, shape, 2) for index, shape in enumerate(shapes)]
     contexts = [TensorContext(f"tensor {index}") for index in range(len(shapes))]
-    operands = [Operands(base, (model,), context) for (base, model), context in zip(pairs, contexts, strict=True)]
+    operands = [
+        Operands(StoredTensor.of(base), (StoredTensor.of(model),), context)
+        for (base, model), context in zip(pairs, contexts, strict=True)
+    ]
     values = {"weight": 0.5, "density": density, "trim_scope": "model"}
     together = np.concatenate([wide(model - base).reshape(-1) for base, model in pairs])
     expected = np.split(trimmed(together, density), np.cumsum([base.numel() for base, _ in pairs])[:-1])

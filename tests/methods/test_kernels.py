@@ -16,6 +16,8 @@ from dapt_merge.methods.pieces import Operands
 from dapt_merge.methods.registry import get_method, method_names
 from dapt_merge.methods.selection import find_cutoffs
 from dapt_merge.methods.stored_deltas import delta_magnitudes
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.stored import StoredTensor
 
 _store_bfloat16, _store_float16 = kernels._store_bfloat16, kernels._store_float16
 _subtract_and_drop = kernels._subtract_and_drop
@@ -99,15 +101,15 @@ def outcome(merge, out_dtype: torch.dtype, compiled: bool, run_elements: int | N
             models,
             values,
             context,
-            lambda begin, end: merged.view(-1)[begin:end],
-            out_dtype=out_dtype,
+            lambda begin, end: StoredTensor.of(merged.view(-1)[begin:end]),
+            out_dtype=Dtype.of(out_dtype),
             counted=True,
             run_elements=run_elements,
             compiled=compiled,
         )
     except InputError as error:
         return str(error)
-    if isinstance(result, torch.Tensor):
+    if isinstance(result, StoredTensor):
         return "an input itself", context.notes
     return bits(merged), result, context.notes
 
@@ -207,8 +209,8 @@ def test_thresholds_are_found_where_the_numbers_lie_as_a_sort_finds_them(tensors
     for place, (shape, base_dtype, model_dtype) in enumerate(tensors):
         base = numbers(shape, seed + place, 0.5).to(base_dtype)
         model = (base.float() + numbers(shape, seed + 10 + place, step)).to(model_dtype)
-        operands.append(Operands(base, (model,), TensorContext("w")))
-    deltas = torch.cat([(each.models[0].float() - each.base.float()).flatten() for each in operands])
+        operands.append(Operands(StoredTensor.of(base), (StoredTensor.of(model),), TensorContext("w")))
+    deltas = torch.cat([(each.models[0].tensor.float() - each.base.tensor.float()).flatten() for each in operands])
     ranks = data.draw(st.lists(st.integers(1, len(deltas)), min_size=1, max_size=3))
     order = deltas.abs().sort(descending=True, stable=True).indices
     with pytest.MonkeyPatch.context() as patch:

@@ -61,7 +61,7 @@ def test_a_fisher_merge_is_the_formula_on_every_tensor(models, files):
 def test_a_regmean_merge_is_the_formula_on_linear_layers_and_the_mean_elsewhere(models, files):
     weights = [load_file(model / "model.safetensors") for model in models]
     opened = [open_statistics(path, "gram") for path in files["gram"]]
-    grams = [{name: file.read(name) for name in file.shapes} for file in opened]
+    grams = [{name: file.stored(name).tensor for name in file.shapes} for file in opened]
     merged = merge(recipe=recipe_of(models, files["gram"], "regmean", "gram", alpha=0.5))
     for name in merged:
         one, two = (part[name].double().numpy() for part in weights)
@@ -97,7 +97,7 @@ def test_layers_with_the_same_input_share_one_matrix_in_the_file(files):
     ]
     for part in ("k_proj", "v_proj"):
         one, other = (f"{start}.self_attn.{name}.weight" for name in ("q_proj", part))
-        assert torch.equal(opened.read(one), opened.read(other))
+        assert opened.stored(one).is_same_as(opened.stored(other))
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gram"])
