@@ -1,5 +1,6 @@
 """Inputs read ahead: a head start that is right or absent, never wrong."""
 
+import shutil
 import time
 
 import pytest
@@ -12,9 +13,11 @@ from dapt_merge import open_checkpoint, prefetch
 @pytest.fixture(autouse=True)
 def nothing_known():
     prefetch._digests.clear()
+    prefetch._maps.clear()
     yield
     prefetch.stop()
     prefetch._digests.clear()
+    prefetch._maps.clear()
 
 
 @pytest.fixture
@@ -58,8 +61,29 @@ def test_a_file_that_was_changed_since_is_hashed_anew(model):
 def test_models_are_found_in_a_recipe_beside_it_whatever_its_keys(model, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("models: [{model: model, parameters: {weight: 0.5}}]\nbase_model: 'nowhere'\n")
-    read_ahead(lambda: prefetch.start_for(recipe), 3)
+    read_ahead(lambda: prefetch.start_for_arguments(["-o", "elsewhere", str(recipe), "weight=0.3"]), 3)
     assert prefetch.known_digest(model / "model.safetensors", "a") is not None
+
+
+@pytest.mark.parametrize("flags", [["-o", "{}"], ["--out", "{}"], ["--out={}"], ["-o{}"]])
+def test_models_are_found_among_the_arguments_and_the_output_is_left_alone(model, tmp_path, flags):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    output = [flag.format(other) for flag in flags]
+    read_ahead(lambda: prefetch.start_for_arguments([*output, f"--base={model}"]), 3)
+    assert len(prefetch._maps) == 1
+    assert prefetch.mapped(other / "model.safetensors") is None
+
+
+def test_the_map_is_used_as_long_as_the_file_is_the_same(model):
+    read_ahead(lambda: prefetch.start([model]), 3)
+    file = model / "model.safetensors"
+    assert prefetch.mapped(file) is not None
+    addresses = {open_checkpoint(model).stored("a").address for _ in range(2)}
+    assert len(addresses) == 1
+    save_file({"a": torch.ones(100, 7)}, file)
+    assert prefetch.mapped(file) is None
+    assert open_checkpoint(model).read("a").tolist() == torch.ones(100, 7).tolist()
 
 
 @pytest.mark.parametrize(

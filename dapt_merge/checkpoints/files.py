@@ -10,6 +10,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from dapt_merge import prefetch
 from dapt_merge.checkpoints.checkpoint import TensorInfo
 from dapt_merge.errors import InputError
 from dapt_merge.tensors.dtypes import FLOAT8_DTYPES, SAFETENSORS_DTYPES
@@ -64,7 +65,7 @@ def _mapped(file: Path) -> memoryview:
     try:
         with safe_open(file, framework="np"), open(file, "rb") as opened:
             # Private and writable, which torch asks of memory that it looks at.
-            return memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+            return memoryview(prefetch.mapped(file) or mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"the file is truncated or not safetensors ({error})",

@@ -74,6 +74,10 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+    if sys.argv[1:2] == ["merge"] and not any("mergekit" in word for word in sys.argv):
+        from dapt_merge import prefetch
+
+        prefetch.start_for_arguments(sys.argv[2:])
     from dapt_merge.errors import DaptMergeError
 
     try:

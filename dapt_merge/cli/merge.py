@@ -75,8 +75,6 @@ def merge(
         return
     if out is None:
         _refuse_without_output()
-    if engine == "native":
-        _read_ahead(arguments or [], base, dapt or [])
     with _uncollected():
         chain = _recipes(arguments or [], base, dapt or [], method, {"weight": weight, "density": density})
         refuse_existing(out, overwrite)
@@ -138,16 +136,6 @@ def _tell_of_compiling(chain: list[NamedRecipe]) -> None:
     if any(get_method(name).kernel is not None for name in names):
         sentence = "compiling the loops of this method for this machine; that happens once, and is kept"
         tell_of_compiling(lambda: console.print(sentence, soft_wrap=True))
-
-
-def _read_ahead(arguments: list[str], base: str | None, dapt: list[str]) -> None:
-    """Let the inputs be read while the libraries load."""
-    from dapt_merge import prefetch
-
-    prefetch.start([name for name in (base, *dapt) if name])
-    for argument in arguments:
-        if _is_file_name(argument):
-            prefetch.start_for(argument)
 
 
 def _checked_engine(engine: str, threads: int | None, device: str) -> str:
