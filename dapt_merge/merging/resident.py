@@ -183,8 +183,11 @@ class _Held:
         return tensor
 
     def memories(self, plan: MergePlan, job: TensorJob) -> tuple[dict[Hashable, Any], ...]:
-        """Return the memories of a job: one for each model, shared by all merges of that model and base."""
-        if job.base is None:
+        """Return the memories of a job: one for each model, shared by all merges of that model and base.
+
+        There are none for a method that finds nothing out.
+        """
+        if job.base is None or job.parameters.method.measure is None:
             return ()
         base, *models = job.reads
         return tuple(self._memory(plan, base, model, job) for model in models)

@@ -107,19 +107,22 @@ class _Output:
         self._copied = given is not None and not fits
 
     def place(self, begin: int, end: int) -> StoredTensor:
+        flat = self._made().view(-1)
+        return StoredTensor.of(flat if end - begin == len(flat) else flat[begin:end])
+
+    def finished(self) -> Tensor:
+        made = self._made()
+        if self._given is None:
+            return made
+        if self._copied:
+            self._given.detach().copy_(made)
+        return self._given
+
+    def _made(self) -> Tensor:
         if self._whole is None:
             dtype = self._job.out_dtype.torch_dtype
             self._whole = torch.empty(self._job.shape, dtype=dtype, device=self._model.device)
-        return StoredTensor.of(self._whole.view(-1)[begin:end])
-
-    def finished(self) -> Tensor:
-        self.place(0, 0)  # of a tensor without elements nothing was asked for
-        assert self._whole is not None
-        if self._given is None:
-            return self._whole
-        if self._copied:
-            self._given.detach().copy_(self._whole)
-        return self._given
+        return self._whole
 
 
 @dataclass(frozen=True)

@@ -90,28 +90,31 @@ class Parameter:
 
     def check(self, value: object, where: str) -> Value:
         """Return one value of this parameter (numbers as float), or raise InputError with what, where and range."""
-        fault = InputError(
-            f"'{self.name}' is {value!r}, expected {self.expected}", where=where, remedy=f"Correct '{self.name}'."
-        )
-        if self.kind == "file":
+        kind = self.kind
+        if kind == "file":
             if not isinstance(value, str) or not value:
-                raise fault
+                raise self._fault(value, where)
             return value
-        if self.kind == "choice":
+        if kind == "choice":
             matches = [choice for choice in self.choices if type(choice) is type(value) and choice == value]
             if not matches:
-                raise fault
+                raise self._fault(value, where)
             return matches[0]
-        if self.kind == "flag":
+        if kind == "flag":
             if not isinstance(value, bool):
-                raise fault
+                raise self._fault(value, where)
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise fault
+            raise self._fault(value, where)
         below = value <= self.low if self.low_open else value < self.low
         if below or value > self.high:
-            raise fault
+            raise self._fault(value, where)
         return float(value)
+
+    def _fault(self, value: object, where: str) -> InputError:
+        return InputError(
+            f"'{self.name}' is {value!r}, expected {self.expected}", where=where, remedy=f"Correct '{self.name}'."
+        )
 
     def check_all(self, value: object, count: int, where: str) -> Value | tuple[Value, ...]:
         """Check what was given for `count` models: a scalar serves every model, a sequence has one value per model."""

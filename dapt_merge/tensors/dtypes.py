@@ -15,6 +15,10 @@ from dapt_merge.tensors.lazy_torch import torch
 class Dtype(StrEnum):
     """A dtype by the name that torch and config.json have for it.
 
+    Attributes:
+        itemsize: bytes of one number.
+        is_floating_point: whether its numbers are floating-point ones, float8 included.
+
     Example:
         >>> Dtype.of(torch.bfloat16), Dtype.BFLOAT16.itemsize, Dtype.BFLOAT16.torch_dtype
         (<Dtype.BFLOAT16: 'bfloat16'>, 2, torch.bfloat16)
@@ -35,6 +39,14 @@ class Dtype(StrEnum):
     UINT8 = "uint8"
     BOOL = "bool"
 
+    itemsize: int
+    is_floating_point: bool
+
+    def __init__(self, name: str) -> None:
+        widths = {"64": 8, "32": 4, "16": 2}
+        self.itemsize = widths.get(name[-2:], 1)
+        self.is_floating_point = "float" in name
+
     @classmethod
     def of(cls, dtype: Dtype | torch.dtype) -> Dtype:
         """Return the dtype that a torch dtype is.
@@ -42,17 +54,12 @@ class Dtype(StrEnum):
         Raises:
             ValueError: it is none of these (complex numbers, packed integers, unsigned ones of several bytes).
         """
-        return dtype if isinstance(dtype, cls) else cls(str(dtype).removeprefix("torch."))
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return _ITEM_BYTES[self]
-
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether its numbers are floating-point ones, float8 included."""
-        return "float" in self.value
+        if isinstance(dtype, Dtype):
+            return dtype
+        found = _OF_TORCH.get(dtype)
+        if found is None:
+            found = _OF_TORCH[dtype] = cls(str(dtype).removeprefix("torch."))
+        return found
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,10 +68,7 @@ class Dtype(StrEnum):
         return found
 
 
-_ITEM_BYTES = {
-    dtype: next((size for bits, size in (("64", 8), ("32", 4), ("16", 2)) if dtype.value.endswith(bits)), 1)
-    for dtype in Dtype
-}
+_OF_TORCH: dict[torch.dtype, Dtype] = {}  # asked for many times a tensor
 
 # Packed integers are left out on purpose, and float8 stands apart: its numbers mean nothing without their scales.
 SAFETENSORS_DTYPES: dict[str, Dtype] = {

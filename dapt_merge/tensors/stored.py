@@ -17,6 +17,7 @@ from dapt_merge.tensors.lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NOT_ASKED: int | None = -1
 _COMPARED_BYTES = 1 << 20
 _PIECE_ELEMENTS = 1 << 17
 # The bits of a number, and those among them that are all set in what is not finite.
@@ -30,7 +31,7 @@ LOOP_CODES = {Dtype.BFLOAT16: 0, Dtype.FLOAT16: 1, Dtype.FLOAT32: 2}  # as in `m
 
 
 class StoredTensor:
-    """Numbers where they lie: `dtype`, `shape`, and ways to get at them.
+    """Numbers where they lie: `dtype`, `shape`, `numel` (how many there are), and ways to get at them.
 
     Args:
         dtype: of the numbers.
@@ -45,12 +46,13 @@ class StoredTensor:
         (2, 3)
     """
 
-    __slots__ = ("_memory", "_tensor", "dtype", "shape")
+    __slots__ = ("_address", "_memory", "_tensor", "dtype", "numel", "shape")
 
     def __init__(self, dtype: Dtype, shape: tuple[int, ...], memory: memoryview) -> None:
-        self.dtype, self.shape = dtype, shape
+        self.dtype, self.shape, self.numel = dtype, shape, math.prod(shape)
         self._memory: memoryview | None = memory
         self._tensor: Tensor | None = None
+        self._address = _NOT_ASKED
 
     @classmethod
     def of(cls, tensor: Tensor | StoredTensor) -> StoredTensor:
@@ -62,8 +64,9 @@ class StoredTensor:
         if isinstance(tensor, StoredTensor):
             return tensor
         described = cls.__new__(cls)
-        described.dtype, described.shape = Dtype.of(tensor.dtype), tuple(tensor.shape)
+        described.dtype, described.shape, described.numel = Dtype.of(tensor.dtype), tuple(tensor.shape), tensor.numel()
         described._memory, described._tensor = None, tensor.detach() if tensor.requires_grad else tensor
+        described._address = _NOT_ASKED
         return described
 
     @property
@@ -83,11 +86,6 @@ class StoredTensor:
         return self._memory
 
     @property
-    def numel(self) -> int:
-        """How many numbers there are."""
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """How many bytes they take."""
         return self.numel * self.dtype.itemsize
@@ -105,10 +103,14 @@ class StoredTensor:
     @property
     def address(self) -> int | None:
         """Where the first number lies, if all lie in ordinary memory one after the other; 0 where there are none."""
-        if self._memory is not None:
-            return _address(self._memory)
-        tensor = self.tensor
-        return tensor.data_ptr() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+        if self._address == _NOT_ASKED:
+            if self._memory is not None:
+                self._address = _address(self._memory)
+            else:
+                tensor = self.tensor
+                lies_so = tensor.device.type == "cpu" and tensor.is_contiguous()
+                self._address = tensor.data_ptr() if lies_so else None
+        return self._address
 
     @property
     def is_finite(self) -> bool:
