@@ -138,7 +138,7 @@ class CheckpointWriter:
         """Return which file a tensor goes to, as an index of `files`."""
         return self._places[name].shard
 
-    def write(self, name: str, tensor: Tensor) -> bytes:
+    def write(self, name: str, tensor: Tensor | StoredTensor) -> bytes:
         """Write one tensor to its place, from any thread, and return the digest of its bytes.
 
         Raises:

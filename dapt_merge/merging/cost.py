@@ -16,18 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dapt_merge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from dapt_merge.checkpoints.opening import open_checkpoint
 from dapt_merge.checkpoints.threads import MINIMUM_BUDGET, default_threads
+from dapt_merge.checkpoints.writer import CheckpointWriter
 from dapt_merge.merging.copying import copy_seconds_per_byte
 from dapt_merge.merging.plan import MergePlan, TensorJob
 from dapt_merge.merging.rates import recalled
 from dapt_merge.merging.report import bytes_read
 from dapt_merge.merging.stream import merge_to_disk
 from dapt_merge.methods.pieces import arithmetic_dtype
-from dapt_merge.tensors.lazy_torch import torch
+from dapt_merge.tensors.dtypes import Dtype
+from dapt_merge.tensors.stored import StoredTensor
 
-# Python, torch, numba and this package once a merge runs, measured as memory that is no file's.
-_PROGRAM_BYTES = 190 * 2**20
+# Python, numba and this package once a merge runs, and torch where it is needed: memory that is no file's, measured.
+_PROGRAM_BYTES = 60 * 2**20
+_TORCH_BYTES = 130 * 2**20
 # The runs that a thread holds while it computes, rounds and hands over to the disk.
 _THREAD_BYTES = 16 * 2**20
 # A threshold over the whole model is found in three readings before the merge's own.
@@ -153,13 +159,17 @@ def _memory_bytes(plan: MergePlan, threads: int) -> int:
     """The program, the threads' runs, and the largest tensors that are held whole, within the budget of elements."""
     largest_first = sorted(plan.jobs, key=lambda job: -job.elements)
     room = max(2 * largest_first[0].elements, MINIMUM_BUDGET) if largest_first else 0
-    total = _PROGRAM_BYTES
+    total = _PROGRAM_BYTES + (_TORCH_BYTES if any(_needs_torch(job) for job in plan.jobs) else 0)
     for job in largest_first[:threads]:
         if job.elements > room:
             break
         room -= job.elements
         total += _THREAD_BYTES + job.elements * _bytes_per_element(plan, job)
     return total
+
+
+def _needs_torch(job: TensorJob) -> bool:
+    return job.parameters.method.kernel is None or job.stochastic or job.target is not None
 
 
 def _bytes_per_element(plan: MergePlan, job: TensorJob) -> int:
@@ -229,27 +239,38 @@ def _made_up(plan: MergePlan, job: TensorJob, folder: Path | None, tensors: int)
 
     Writing files leaves the kernel with something to carry to the disk, which is in the way of copying to it.
     """
-    from safetensors.torch import save_file
-
     rows, columns = _MADE_UP_SHAPE
-    noise = torch.randn(rows // 8, columns, generator=torch.Generator().manual_seed(0)).repeat(8, 1)
-    names = [f"{number}.weight" for number in range(tensors)]
+    noise = np.tile(np.random.default_rng(0).standard_normal((rows // 8, columns), np.float32), (8, 1))
     opened = {}
     for position, (label, stored) in enumerate(_reads(job)):
         dtype = plan.checkpoints[label].tensors[stored].dtype
-        values = (0.02 * noise + 1e-3 * noise.roll(position, 1) if position else 0.02 * noise).to(dtype.torch_dtype)
-        content = {name: values.clone() for name in names}
+        values = 0.02 * noise + 1e-3 * np.roll(noise, position, 1) if position else 0.02 * noise
+        content = {f"{number}.weight": _in_dtype(values, dtype) for number in range(tensors)}
+        infos = [TensorInfo(name, dtype, tensor.shape, tensor.nbytes) for name, tensor in content.items()]
         if folder is None:
-            opened[label] = open_checkpoint(content, label)
+            opened[label] = Checkpoint(label, content.__getitem__, infos)
             continue
-        file = folder / f"{position}.safetensors"
-        save_file(content, file)
-        opened[label] = open_checkpoint(file, label)
+        place = folder / str(position)
+        place.mkdir()
+        with CheckpointWriter(place, infos) as writer:
+            for name, tensor in content.items():
+                writer.write(name, tensor)
+        opened[label] = open_checkpoint(place, label)
+    names = list(content)
     jobs = tuple(replace(job, name=name, shape=_MADE_UP_SHAPE, stored=()) for name in names)
     giver = next(iter(opened.values()))
     return replace(
         plan, checkpoints=opened, jobs=jobs, statistics={}, config_from=giver, alignment=None, chat_template=None
     )
+
+
+def _in_dtype(values: np.ndarray, dtype: Dtype) -> StoredTensor:
+    """Return float32 numbers in another dtype; those for bfloat16 are cut and not rounded, which will do here."""
+    if dtype == Dtype.BFLOAT16:
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        stored = np.array(values, dtype.value)
+    return StoredTensor(dtype, values.shape, memoryview(bytearray(stored.tobytes())))
 
 
 def _typical(jobs: Sequence[TensorJob]) -> TensorJob | None:
