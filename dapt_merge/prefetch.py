@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from dapt_merge.tensors.safetensors_header import entries
 
-_AHEAD_BYTES = 32 * 2**20
+_AHEAD_BYTES = 2 * 2**20
 _TEXTS = (".yaml", ".yml", ".json")
 _OUTPUT_FLAGS = ("-o", "--out")
 _FileKey: TypeAlias = tuple[int, int, int, int]
