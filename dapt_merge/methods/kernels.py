@@ -610,25 +610,26 @@ def _elected(base: Any, deltas: Any, weights: Any, elect: int, normalize: bool, 
 
 @_part
 def _put_bfloat16(value: Any, base: Any, out: Any, i: int) -> Any:
-    """Round to nearest into `out`; `base` is what the update starts from, as stored.
+    """Round to nearest into `out`; `base` is what the update starts from.
 
-    Returns (the largest of the magnitudes of value and rounded value, 1 if it differs from the base, 1 if it still does
-    when it is rounded).
+    Returns (the magnitude of the rounded value, 1 if the value differs from the base, 1 if it still does when it is
+    rounded). Where the inputs are finite, a value that is not shows in the rounded one.
     """
-    near = _bfloat16(value)
-    out[i] = np.uint16(near)
-    largest = max(_magnitude(value), np.uint32(np.uint32(near & np.uint32(0x7FFF)) << np.uint32(16)))
-    start = np.uint32(base)
-    return largest, np.int32(value != _from_bfloat16(base)), np.int32(_differs(near, start))
+    bits = _bits(np.float32(value))
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    near = np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) & np.uint32(0xFFFF0000))
+    out[i] = np.uint16(near >> np.uint32(16))
+    return np.uint32(near & _MAGNITUDE), np.int32(value != base), np.int32(_float(near) != base)
 
 
 @_part
-def _affine_of_bfloat16(values: Any, fixed: Any, base: Any, coefficient: Any, out: Any) -> Any:
+def _affine_of_bfloat16(values: Any, fixed: Any, from_fixed: bool, coefficient: Any, out: Any) -> Any:
+    """Go from `fixed` towards `values`; the update starts from the one or the other."""
     largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
         value, anchor = _from_bfloat16(values[i]), _from_bfloat16(fixed[i])
         merged = _on_chord(value, anchor, coefficient)
-        reached, moved, still = _put_bfloat16(merged, base[i], out, i)
+        reached, moved, still = _put_bfloat16(merged, anchor if from_fixed else value, out, i)
         inputs = max(_magnitude(value), _magnitude(anchor))
         largest = max(largest, max(reached, inputs))
         updated += moved
@@ -641,7 +642,7 @@ def _sum_of_bfloat16(base: Any, model: Any, of_base: Any, of_model: Any, out: An
     largest, updated, kept = np.uint32(0), np.int32(0), np.int32(0)
     for i in range(out.size):
         one, other = _from_bfloat16(base[i]), _from_bfloat16(model[i])
-        reached, moved, still = _put_bfloat16(one * of_base + other * of_model, base[i], out, i)
+        reached, moved, still = _put_bfloat16(one * of_base + other * of_model, one, out, i)
         inputs = max(_magnitude(one), _magnitude(other))
         largest = max(largest, max(reached, inputs))
         updated += moved
@@ -668,9 +669,9 @@ def merge_two_of_bfloat16(
         if kind == SUM:
             finite, moved, moved_back = _sum_of_bfloat16(base, model, one, other, out)
         elif anchor == 0:
-            finite, moved, moved_back = _affine_of_bfloat16(model, base, base, other, out)
+            finite, moved, moved_back = _affine_of_bfloat16(model, base, True, other, out)
         else:
-            finite, moved, moved_back = _affine_of_bfloat16(base, model, base, one, out)
+            finite, moved, moved_back = _affine_of_bfloat16(base, model, False, one, out)
         if not finite:
             return False, 0, 0
         updated += moved
