@@ -26,7 +26,7 @@ from dapt_merge.checkpoints.hub import looks_like_hub_id
 from dapt_merge.checkpoints.naming import canonical_names
 from dapt_merge.checkpoints.vocabulary import has_tokenizer
 from dapt_merge.errors import InputError, nearest
-from dapt_merge.tensors.dtypes import Dtype, at_least_float32
+from dapt_merge.tensors.dtypes import at_least_float32
 from dapt_merge.tensors.lazy_torch import torch
 from dapt_merge.tensors.stored import StoredTensor
 
@@ -160,10 +160,12 @@ def _adapted(weight: Tensor, change: _Change, adapter: Adapter) -> Tensor:
         down, up = adapter.read(change.down), adapter.read(change.up)
         weight = adapted_weight(weight, down, up, change.scaling, magnitude, transposed=change.transposed)
     if change.bias is not None:
-        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(_wide(weight))
+        weight = (weight.double() + change.scaling * adapter.read(change.bias).double()).to(
+            at_least_float32(weight.dtype).torch_dtype
+        )
     if change.rows is not None:
         rows = torch.tensor(change.row_indices)
-        wide = weight.to(_wide(weight))
+        wide = weight.to(at_least_float32(weight.dtype).torch_dtype)
         weight = wide.index_copy(0, rows, adapter.read(change.rows).to(wide.dtype))
     return weight
 
@@ -192,7 +194,7 @@ def adapted_weight(
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
-    result = torch.empty(weight.shape, dtype=_wide(weight))
+    result = torch.empty(weight.shape, dtype=at_least_float32(weight.dtype).torch_dtype)
     source, target = (weight.T, result.T) if transposed else (weight, result)
     down_exact = down.double()
     step = max(1, _CHUNK_ELEMENTS // max(1, source.shape[1]))
@@ -203,10 +205,6 @@ def adapted_weight(
             moved *= (magnitude[run].double() / moved.norm(dim=1))[:, None]
         target[run] = moved
     return result
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    return at_least_float32(Dtype.of(weight.dtype)).torch_dtype
 
 
 # --- which tensors an adapter changes ---------------------------------------------------------------------------------

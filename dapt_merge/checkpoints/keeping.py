@@ -10,13 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.tensors.stored import StoredTensor
-
-if TYPE_CHECKING:
-    pass
 
 _SHARE_OF_FREE_MEMORY = 0.25
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from dapt_merge.tensors.lazy_torch import is_imported, torch, when_imported
@@ -90,7 +91,7 @@ def _single_threaded_torch(threads: int) -> Iterator[ThreadPoolExecutor]:
 
     if is_imported():
         before.append(torch.get_num_threads())
-    initializer = (lambda: torch.set_num_threads(1)) if before else (lambda: None)
+    initializer = partial(torch.set_num_threads, 1) if before else None
     try:
         with when_imported(note_and_use_one), ThreadPoolExecutor(threads, initializer=initializer) as pool:
             yield pool

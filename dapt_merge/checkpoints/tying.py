@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from dapt_merge.checkpoints.checkpoint import Checkpoint
 from dapt_merge.checkpoints.groups import embedding_and_head
 from dapt_merge.tensors.stored import StoredTensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def with_own_heads(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dapt_merge.methods.masks import keep_mask
-from dapt_merge.tensors.dtypes import Dtype, at_least_float32
+from dapt_merge.tensors.dtypes import at_least_float32
 from dapt_merge.tensors.lazy_torch import torch
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, seed: int, name: st
     """
     rounded = torch.empty(values.shape, dtype=dtype)
     flat, out = values.reshape(-1), rounded.view(-1)
-    wide = at_least_float32(Dtype.of(values.dtype)).torch_dtype
+    wide = at_least_float32(values.dtype).torch_dtype
     for begin in range(0, values.numel(), _PIECE_ELEMENTS):
         exact = flat[begin : begin + _PIECE_ELEMENTS].to(wide)
         near = exact.to(dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from dapt_merge.errors import InputError
 from dapt_merge.merging.plan import Reader, TensorJob
 from dapt_merge.merging.rounding import round_stochastically
-from dapt_merge.methods.apply import Place, combine_in_runs, combine_stored
+from dapt_merge.methods.apply import Place, combine, combine_in_runs
 from dapt_merge.methods.contract import TensorContext
 from dapt_merge.methods.pieces import arithmetic_dtype, dtypes_of, is_finite
 from dapt_merge.methods.rounding_loss import RoundingLoss, is_lossy, rounded_and_counted
@@ -178,7 +178,9 @@ def _merge(
         )
         ready = _Ready(result, start) if isinstance(result, StoredTensor) else None
         return ready, context.notes, result if isinstance(result, RoundingLoss) else None
-    merged = combine_stored(method, base, models, values, context, out_dtype=arithmetic, arithmetic=arithmetic)
+    whole = combine(method, base, models, values, context, out_dtype=arithmetic, arithmetic=arithmetic)
+    # An end point is an input itself, and is known as that.
+    merged = next((stored for stored in (start, *models) if stored.tensor is whole), StoredTensor.of(whole))
     if target is not None and base is not None:
         start = target
         merged = _added_to_target(merged, base, target, job, arithmetic)

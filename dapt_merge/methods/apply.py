@@ -35,8 +35,8 @@ Asked for in order and without gaps; what was placed may be carried away by the 
 
 def combine(
     method: Method,
-    base: Tensor | None,
-    models: Sequence[Tensor],
+    base: Tensor | StoredTensor | None,
+    models: Sequence[Tensor | StoredTensor],
     values: Mapping[str, object],
     context: TensorContext,
     *,
@@ -73,37 +73,12 @@ def combine(
         >>> combine(get_method("linear"), base, [dapt], {"weight": 0.5}, TensorContext("w"))
         tensor([1.5000, 3.0000])
     """
-    return combine_stored(
-        method,
-        base,
-        models,
-        values,
-        context,
-        out_dtype=Dtype.of(out_dtype),
-        arithmetic=None if arithmetic is None else Dtype.of(arithmetic),
-        piece_elements=piece_elements,
-        compiled=compiled,
-    ).tensor
-
-
-def combine_stored(
-    method: Method,
-    base: Tensor | StoredTensor | None,
-    models: Sequence[Tensor | StoredTensor],
-    values: Mapping[str, object],
-    context: TensorContext,
-    *,
-    out_dtype: Dtype = Dtype.FLOAT32,
-    arithmetic: Dtype | None = None,
-    piece_elements: int | None = None,
-    compiled: bool = True,
-) -> StoredTensor:
-    """Merge one tensor as `combine` does; an end point is the very object that was given, where that is stored."""
     merged: list[Tensor] = []
+    written = Dtype.of(out_dtype)
 
     def place(begin: int, end: int) -> StoredTensor:
         if not merged:
-            merged.append(torch.empty(models[0].shape, dtype=out_dtype.torch_dtype, device=models[0].device))
+            merged.append(torch.empty(models[0].shape, dtype=written.torch_dtype, device=models[0].device))
         return StoredTensor.of(merged[0].view(-1)[begin:end])
 
     result = combine_in_runs(
@@ -113,13 +88,13 @@ def combine_stored(
         values,
         context,
         place,
-        out_dtype=out_dtype,
-        arithmetic=arithmetic,
+        out_dtype=written,
+        arithmetic=None if arithmetic is None else Dtype.of(arithmetic),
         counted=False,
         piece_elements=piece_elements,
         compiled=compiled,
     )
-    return result if isinstance(result, StoredTensor) else StoredTensor.of(merged[0])
+    return result.tensor if isinstance(result, StoredTensor) else merged[0]
 
 
 def combine_in_runs(

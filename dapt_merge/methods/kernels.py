@@ -615,10 +615,9 @@ def _put_bfloat16(value: Any, base: Any, out: Any, i: int) -> Any:
     Returns (the magnitude of the rounded value, 1 if the value differs from the base, 1 if it still does when it is
     rounded). Where the inputs are finite, a value that is not shows in the rounded one.
     """
-    bits = _bits(np.float32(value))
-    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    near = np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) & np.uint32(0xFFFF0000))
-    out[i] = np.uint16(near >> np.uint32(16))
+    stored = _bfloat16(value)
+    out[i] = np.uint16(stored)
+    near = np.uint32(stored << np.uint32(16))
     return np.uint32(near & _MAGNITUDE), np.int32(value != base), np.int32(_float(near) != base)
 
 

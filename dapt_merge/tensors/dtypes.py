@@ -117,11 +117,11 @@ def parse_dtype(name: str | torch.dtype) -> Dtype:
     return OUTPUT_DTYPES[text]
 
 
-def at_least_float32(dtype: Dtype) -> Dtype:
+def at_least_float32(dtype: Dtype | torch.dtype) -> Dtype:
     """Return the dtype to compute in with numbers of a floating dtype: float32, or their own where that is wider.
 
     Example:
         >>> at_least_float32(Dtype.BFLOAT16), at_least_float32(Dtype.FLOAT64)
         (<Dtype.FLOAT32: 'float32'>, <Dtype.FLOAT64: 'float64'>)
     """
-    return Dtype.FLOAT64 if dtype == Dtype.FLOAT64 else Dtype.FLOAT32
+    return Dtype.FLOAT64 if Dtype.of(dtype) == Dtype.FLOAT64 else Dtype.FLOAT32

@@ -50,10 +50,7 @@ def when_imported(action: Callable[[], None]) -> Iterator[None]:
 
 
 def _imported() -> Any:
-    if is_imported():
-        with _lock:  # whoever imports it now is also done with the actions
-            return sys.modules["torch"]
-    with _lock:
+    with _lock:  # whoever imports it now is done with the actions, too
         new = not is_imported()
         import torch
 
